@@ -1,0 +1,48 @@
+"""PIBiNN: one-bit weights with one global scale and physics-fixed sparsity, for torchao, Brevitas and Lightning.
+
+``W = λ · sign(V) ⊙ M``: a trained latent V, one positive λ for the whole network, and a structure M that the physics of
+the inverse problem fixes (arXiv 2502.01908).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pibinn_plugin.errors import ArtifactError, PIBiNNError, ScaleError, StructureError, TargetError
+from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask, Structure, structure_from_operator
+from pibinn_plugin.summary import summary
+from pibinn_plugin.workflow import convert, freeze_signs, global_scale, prepare
+
+if TYPE_CHECKING:
+    from pibinn_plugin.artifact import load, save
+    from pibinn_plugin.callback import TwoStageQAT
+
+# Imported when used: they bring safetensors and Lightning.
+_LAZY = {"TwoStageQAT": "callback", "load": "artifact", "save": "artifact"}
+
+__all__ = [
+    "ArtifactError",
+    "Banded",
+    "BlockDiagonal",
+    "Dense",
+    "Mask",
+    "PIBiNNError",
+    "ScaleError",
+    "Structure",
+    "StructureError",
+    "TargetError",
+    "TwoStageQAT",
+    "convert",
+    "freeze_signs",
+    "global_scale",
+    "load",
+    "prepare",
+    "save",
+    "structure_from_operator",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pibinn_plugin' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pibinn_plugin.{_LAZY[name]}"), name)

@@ -1,0 +1,47 @@
+"""Booleans to bytes and back, in plain torch operations that trace, compile and export.
+
+Little-endian inside a byte: element ``8 * i + j`` is bit ``j`` of byte ``i``. Unpacking uses AND and a comparison,
+because shifts have no ONNX mapping.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """Pack a flat boolean tensor into bytes.
+
+    Args:
+        flags: boolean, shape ``(count,)``.
+
+    Returns:
+        uint8, shape ``(ceil(count / 8),)``; the bits past ``count`` are zero.
+
+    Example:
+        >>> pack_bits(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
+    groups = F.pad(flags.to(torch.uint8), (0, -flags.numel() % 8)).unflatten(0, (-1, 8))
+    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=flags.device)
+    return (groups * values).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """Invert `pack_bits`.
+
+    Args:
+        packed: uint8, shape ``(ceil(count / 8),)``.
+        count: the number of booleans that were packed.
+
+    Returns:
+        boolean, shape ``(count,)``.
+
+    Example:
+        >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), 3)
+        tensor([ True, False,  True])
+    """
+    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) & values) != 0).flatten()[:count]

@@ -1,0 +1,128 @@
+"""Signs to bits and back: `PackedSigns`, the one stored layout of a one-bit weight.
+
+One bit for each structural nonzero, in the structure's compact order, set where the sign is +1; whole bytes per weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from pibinn_plugin.bits import pack_bits, unpack_bits
+from pibinn_plugin.errors import StructureError
+from pibinn_plugin.quantizer import GlobalScale
+from pibinn_plugin.structure import Shape, Structure
+from pibinn_plugin.structure.checkpoint import StructureInStateDict
+
+
+def unpack_signs(bits: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """The signs ±1 in the given (compact) shape and dtype, in plain torch operations.
+
+    Example:
+        >>> unpack_signs(torch.tensor([5], dtype=torch.uint8), (3,), torch.float32)
+        tensor([ 1., -1.,  1.])
+    """
+    flags = unpack_bits(bits, torch.Size(shape).numel()).reshape(tuple(shape))
+    return flags.to(dtype) * 2 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSigns:
+    """The signs of one weight, packed.
+
+    Args:
+        bits: uint8, shape ``(ceil(nnz / 8),)``.
+        structure: where the structural nonzeros are.
+        shape: the dense shape of the weight.
+
+    Raises:
+        StructureError: the structure does not fit the shape, or the bits do not fit both.
+
+    Example:
+        >>> from pibinn_plugin.structure import Banded
+        >>> PackedSigns.pack(torch.tensor([[1.0, 0.0], [-2.0, 3.0]]), Banded(1, 0), (2, 2)).bits
+        tensor([6], dtype=torch.uint8)
+    """
+
+    bits: Tensor
+    structure: Structure
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        self.structure.check(self.shape)
+        expected = (-(-self.structure.nnz(self.shape) // 8),)
+        if tuple(self.bits.shape) != expected or self.bits.dtype != torch.uint8:
+            raise StructureError(
+                f"the signs of a weight of shape {self.shape} with {self.structure} are uint8 of shape {expected}; "
+                f"got {self.bits.dtype} of shape {tuple(self.bits.shape)}"
+            )
+
+    @classmethod
+    def pack(cls, latent: Tensor, structure: Structure, shape: Shape, compact: bool = False) -> PackedSigns:
+        """Pack ``sign(latent)``, with ``sign(0) = +1``; the latent is dense, or ``compact``.
+
+        Raises:
+            StructureError: a structural latent is NaN, and has no sign.
+        """
+        values = latent.detach() if compact else structure.to_compact(latent.detach())
+        if values.isnan().any():
+            raise StructureError(f"a latent of a weight of shape {tuple(shape)} is NaN and has no sign")
+        return cls(pack_bits((values >= 0).flatten()), structure, tuple(shape))
+
+    @property
+    def nnz(self) -> int:
+        """The number of structural nonzeros, each one bit."""
+        return self.structure.nnz(self.shape)
+
+    def signs(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """±1 in compact form."""
+        return unpack_signs(self.bits, self.structure.compact_shape(self.shape), dtype)
+
+    def weight(self, scale: Tensor, compact: bool, dtype: torch.dtype) -> Tensor:
+        """``λ · S ⊙ M``, dense or compact, differentiable in λ; bit for bit what the latents gave."""
+        values = scale.to(dtype) * self.signs(dtype)
+        return values if compact else self.structure.to_dense(values, self.shape)
+
+
+class UnpackSigns(StructureInStateDict, nn.Module):
+    """A torch parametrization whose original is the packed signs and whose value is the weight ``λ · S ⊙ M``.
+
+    Args:
+        scale: the network's λ.
+        structure: where the structural nonzeros are.
+        shape: the dense shape of the weight.
+        compact: True where the parameter is the compact form.
+        dtype: of the weight.
+    """
+
+    def __init__(
+        self, scale: GlobalScale, structure: Structure, shape: Shape, compact: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.structure, self.shape, self.compact, self.dtype = structure, tuple(shape), compact, dtype
+        self._scale = (scale,)
+
+    @override
+    def forward(self, bits: Tensor) -> Tensor:
+        return PackedSigns(bits, self.structure, self.shape).weight(self._scale[0](), self.compact, self.dtype)
+
+
+def packed_signs_of(model: nn.Module) -> Iterator[tuple[str, PackedSigns]]:
+    """Each packed weight of a model with the name that its parameter had before it was packed.
+
+    A packed weight is a module or a tensor with an attribute ``packed_signs``, or a parametrization by `UnpackSigns`.
+    """
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(packed := getattr(module, "packed_signs", None), PackedSigns):
+            yield f"{prefix}weight", packed
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if isinstance(packed := getattr(parameter, "packed_signs", None), PackedSigns):
+                yield prefix + parameter_name, packed
+        for parameter_name, chain in getattr(module, "parametrizations", {}).items():
+            if isinstance(unpack := chain[0], UnpackSigns):
+                yield prefix + parameter_name, PackedSigns(chain.original, unpack.structure, unpack.shape)

@@ -1,0 +1,176 @@
+"""`BlockDiagonal`: equal or uneven blocks along the diagonal, up to a permutation."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import override
+
+from pibinn_plugin.errors import StructureError
+from pibinn_plugin.structure.base import Shape, Structure, matrix_shape, refuse_leftover
+
+
+@dataclass(frozen=True)
+class BlockDiagonal(Structure):
+    """Blocks along the diagonal: equal ones from their number, uneven ones from their rows and columns.
+
+    With ``row_order`` and ``column_order`` the matrix is block-diagonal up to a permutation:
+    ``W[row_order[i], column_order[j]] = B[i, j]`` for the block-diagonal ``B``.
+
+    Args:
+        blocks: the number of equal blocks; may be left out when ``rows`` and ``columns`` are given.
+        rows: the number of rows of each block.
+        columns: the number of columns of each block.
+        row_order: a permutation of all rows.
+        column_order: a permutation of all columns.
+
+    Raises:
+        StructureError: no or negative blocks, rows without columns, an order that is no permutation.
+
+    Example:
+        >>> BlockDiagonal(2).mask((2, 4)).int().tolist()
+        [[1, 1, 0, 0], [0, 0, 1, 1]]
+        >>> BlockDiagonal(rows=(1, 2), columns=(2, 1)).mask((3, 3)).int().tolist()
+        [[1, 1, 0], [0, 0, 1], [0, 0, 1]]
+    """
+
+    kind: ClassVar[str] = "block_diagonal"
+    _code: ClassVar[int] = 1
+
+    blocks: int | None = None
+    rows: tuple[int, ...] | None = None
+    columns: tuple[int, ...] | None = None
+    row_order: tuple[int, ...] | None = None
+    column_order: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns", "row_order", "column_order"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(int(item) for item in value))
+        if (self.rows is None) != (self.columns is None) or (self.row_order is None) != (self.column_order is None):
+            raise StructureError(f"give rows and columns, and row_order and column_order, together; got {self}")
+        if self.rows is not None and self.columns is not None:
+            self._take_uneven_blocks(self.rows, self.columns)
+        if self.blocks is None or self.blocks < 1:
+            raise StructureError(f"expected at least one block, or the rows and columns of each; got {self}")
+        for order in (self.row_order, self.column_order):
+            if order is not None and sorted(order) != list(range(len(order))):
+                raise StructureError(f"an order must hold each of 0..{len(order) - 1} once; got {order[:8]}...")
+
+    def _take_uneven_blocks(self, rows: tuple[int, ...], columns: tuple[int, ...]) -> None:
+        if len(rows) != len(columns) or min((*rows, *columns), default=-1) < 0 or sum(rows) * sum(columns) == 0:
+            raise StructureError(f"expected as many rows as columns, none negative; got rows={rows}, columns={columns}")
+        if self.blocks not in (None, len(rows)):
+            raise StructureError(f"blocks={self.blocks}, but rows and columns describe {len(rows)} blocks")
+        object.__setattr__(self, "blocks", len(rows))
+        if len(set(rows)) == len(set(columns)) == 1:  # one way to say one thing: equal blocks are equal
+            object.__setattr__(self, "rows", None)
+            object.__setattr__(self, "columns", None)
+
+    @property
+    def _count(self) -> int:
+        assert self.blocks is not None  # set in __post_init__
+        return self.blocks
+
+    def sizes(self, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The rows and the columns of each block of a weight of this shape."""
+        if self.rows is not None and self.columns is not None:
+            return self.rows, self.columns
+        rows, columns = matrix_shape(shape)
+        return (rows // self._count,) * self._count, (columns // self._count,) * self._count
+
+    @override
+    def check(self, shape: Shape) -> None:
+        rows, columns = matrix_shape(shape)
+        if self.rows is not None and self.columns is not None:
+            if (sum(self.rows), sum(self.columns)) != (rows, columns):
+                raise StructureError(
+                    f"blocks of {sum(self.rows)} rows and {sum(self.columns)} columns in all do not fit a weight of "
+                    f"shape {tuple(shape)}, a {rows} x {columns} matrix"
+                )
+        elif len(shape) < 2 or shape[0] % self._count or shape[1] % self._count or rows * columns == 0:
+            both = math.gcd(*shape[:2])
+            raise StructureError(
+                f"{self.blocks} equal blocks do not fit a weight of shape {tuple(shape)}: what fits is a divisor of "
+                f"{both}, or rows=(...) and columns=(...) for uneven blocks"
+            )
+        for order, size in ((self.row_order, rows), (self.column_order, columns)):
+            if order is not None and len(order) != size:
+                raise StructureError(f"an order of {len(order)} does not fit {size} in a weight of {tuple(shape)}")
+
+    @override
+    def positions(self, shape: Shape) -> Tensor:
+        rows, columns = matrix_shape(shape)
+        row_of = torch.arange(rows) if self.row_order is None else torch.tensor(self.row_order)
+        column_of = torch.arange(columns) if self.column_order is None else torch.tensor(self.column_order)
+        block_rows, block_columns = self.sizes(shape)
+        pairs = zip(row_of.split(list(block_rows)), column_of.split(list(block_columns)), strict=True)
+        return torch.cat([(r[:, None] * columns + c).flatten() for r, c in pairs])
+
+    @override
+    def compact_shape(self, shape: Shape) -> tuple[int, ...]:
+        block_rows, block_columns = self.sizes(shape)
+        if self.rows is None:
+            return self._count, block_rows[0], block_columns[0]
+        return (sum(r * c for r, c in zip(block_rows, block_columns, strict=True)),)
+
+    @override
+    def linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
+        if self.column_order is not None:
+            input = input.index_select(-1, self._column_index.to(input.device))
+        output = self._ordered_linear(input, compact, shape)
+        if self.row_order is not None:
+            output = output.index_select(-1, self._inverse_row_index.to(input.device))
+        return output
+
+    def _ordered_linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
+        if self.rows is None:
+            count, rows, columns = self.compact_shape(shape)
+            blocks = compact.reshape(count, rows, columns)
+            return torch.einsum("...bc,brc->...br", input.unflatten(-1, (count, columns)), blocks).flatten(-2)
+        block_rows, block_columns = self.sizes(shape)
+        flat_blocks = compact.split([r * c for r, c in zip(block_rows, block_columns, strict=True)])
+        parts = zip(input.split(list(block_columns), -1), flat_blocks, block_rows, block_columns, strict=True)
+        return torch.cat([F.linear(part, block.reshape(r, c)) for part, block, r, c in parts], -1)
+
+    @cached_property
+    def _column_index(self) -> Tensor:
+        return torch.tensor(self.column_order)
+
+    @cached_property
+    def _inverse_row_index(self) -> Tensor:
+        return torch.tensor(self.row_order).argsort()
+
+    @override
+    def transposed(self) -> BlockDiagonal:
+        if self.rows is None:
+            return BlockDiagonal(self.blocks, row_order=self.column_order, column_order=self.row_order)
+        return BlockDiagonal(
+            rows=self.columns, columns=self.rows, row_order=self.column_order, column_order=self.row_order
+        )
+
+    def _payload(self) -> bytes:
+        flags = (self.rows is not None) | (self.row_order is not None) << 1
+        lists = [item for item in (self.rows, self.columns, self.row_order, self.column_order) if item is not None]
+        data = b"".join(struct.pack(f"<I{len(item)}I", len(item), *item) for item in lists)
+        return struct.pack("<BI", flags, self._count) + data
+
+    @classmethod
+    def _from_payload(cls, payload: bytes) -> BlockDiagonal:
+        flags, blocks = struct.unpack_from("<BI", payload)
+        offset, lists = 5, []
+        for _ in range(2 * (flags & 1) + (flags & 2)):
+            (count,) = struct.unpack_from("<I", payload, offset)
+            lists.append(struct.unpack_from(f"<{count}I", payload, offset + 4))
+            offset += 4 + 4 * count
+        refuse_leftover(payload, offset)
+        rows, columns = (lists[0], lists[1]) if flags & 1 else (None, None)
+        row_order, column_order = (lists[-2], lists[-1]) if flags & 2 else (None, None)
+        return cls(blocks, rows, columns, row_order, column_order)
