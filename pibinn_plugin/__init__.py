@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pibinn_plugin.errors import ArtifactError, PIBiNNError, ScaleError, StructureError, TargetError
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask, Structure, structure_from_operator
-from pibinn_plugin.summary import summary
+from pibinn_plugin.summary import Summary, summary
 from pibinn_plugin.workflow import convert, freeze_signs, global_scale, prepare
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "ScaleError",
     "Structure",
     "StructureError",
+    "Summary",
     "TargetError",
     "TwoStageQAT",
     "convert",

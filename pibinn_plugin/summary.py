@@ -5,16 +5,12 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.inventory import float_tensors, one_bit_weights
 from pibinn_plugin.structure import Structure
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 SCALE_BYTES = 4  # λ is stored once, as float32
 
@@ -103,29 +99,38 @@ class Summary:
         return self.float_twin_bytes / self.total_bytes
 
     def __str__(self) -> str:
+        from rich import box
         from rich.console import Console
-
-        buffer = io.StringIO()
-        Console(file=buffer, width=160, no_color=True).print(self.table())
-        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
-
-    def table(self) -> Table:
-        """The table, for a rich console."""
         from rich.table import Table
 
-        table = Table(caption="bytes as stored; b/weight and b/link: bits per structural weight and per dense link")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("layer", "shape", "structure"):
-            table.add_column(column, overflow="fold")
-        for column in ("nnz", "signs", "structure", "λ", "float", "total", "b/weight", "b/link", "fp32 dense / this"):
-            table.add_column(column, justify="right")
+            table.add_column(column, no_wrap=True)
+        for column in ("nnz", "signs", "structure", "λ", "float", "total", "bit/weight", "bit/link", "fp32/this"):
+            table.add_column(column, justify="right", no_wrap=True)
         for layer in self.layers:
             table.add_row(*_layer_cells(layer))
         table.add_section()
-        totals = (self.payload_bytes, self.structure_bytes, self.scale_bytes, self.float_bytes, self.total_bytes)
-        numbers = [f"{number:,}" for number in (self.nnz, *totals)]
+        counts = (
+            self.nnz,
+            self.payload_bytes,
+            self.structure_bytes,
+            self.scale_bytes,
+            self.float_bytes,
+            self.total_bytes,
+        )
         ratios = (f"{self.bits_per_weight:.3f}", f"{self.bits_per_link:.3f}", f"{self.ratio:.1f}")
-        table.add_row("total", "", "", *numbers, *ratios, style="bold")
-        return table
+        table.add_row("total", "", "", *(f"{count:,}" for count in counts), *ratios)
+        buffer = io.StringIO()
+        Console(file=buffer, width=1000, no_color=True).print(table)
+        lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+        return "\n".join(line for line in lines if line) + "\n" + _LEGEND
+
+
+_LEGEND = (
+    "signs, structure, λ, float, total: bytes as stored. bit/weight, bit/link: stored bits for each structural weight,\n"
+    "and for each element of the dense weights. fp32/this: bytes of the same layers in fp32, dense, over total."
+)
 
 
 def _layer_cells(layer: LayerSummary) -> list[str]:

@@ -1,0 +1,35 @@
+# Every target builds the environment in .venv first, and builds it again when pyproject.toml or constraints.txt changed.
+PYTHON ?= python3
+EXTRAS := torchao,brevitas,lightning,export,plot,dev
+ENVIRONMENT := .venv/environment.stamp
+
+.PHONY: demo test lint types clean
+
+demo: $(ENVIRONMENT)
+	.venv/bin/python -m lightning_modules.demo
+
+test: $(ENVIRONMENT)
+	@.venv/bin/python -m pytest
+
+lint: $(ENVIRONMENT)
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+types: $(ENVIRONMENT)
+	.venv/bin/mypy
+
+# torch comes first, by exact version: asked for as a range, pip would look for the newest build, which on Linux brings
+# several gigabytes of CUDA libraries. The project is built without isolation for the same reason.
+$(ENVIRONMENT): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) lacks the venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -c constraints.txt torch==2.13.0 "setuptools<81"
+	.venv/bin/pip install --quiet -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find pibinn_plugin lightning_modules tests -name __pycache__ -prune -exec rm -rf {} +
+	find pibinn_plugin -name '*.so' -delete

@@ -1,0 +1,5 @@
+"""``python -m lightning_modules``."""
+
+from lightning_modules.cli import main
+
+main()

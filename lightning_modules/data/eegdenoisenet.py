@@ -1,0 +1,309 @@
+"""EEG with ocular or muscular artifacts, in the file layout of EEGdenoiseNet (Zhang et al., J. Neural Eng. 18, 2021).
+
+A folder holds clean EEG epochs, `EEG_all_epochs.npy`, and artifact epochs, `EOG_all_epochs.npy` or
+`EMG_all_epochs.npy`. The noisy epoch is a mixture `y = x + c * a` of an EEG epoch `x` and an artifact epoch `a`, with
+`c` set by the signal-to-noise ratio of *power*. EEGdenoiseNet's own code applies `10 ** (dB / 10)` to a ratio of root
+mean squares, so its nominal -7 ... 2 dB are the -14 ... +4 dB used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_modules.data.files import DataFileError, read_epochs, read_index
+from lightning_modules.data.resumable_loader import EpochSampler, ResumableLoader, whole_batch
+
+__all__ = ["EEGDenoiseNet", "mix"]
+
+SAMPLES = 512
+EVALUATION_LEVELS_DB = tuple(range(-14, 5, 2))
+TEST_FRACTION = 0.1
+# Validation and test mixtures are the same whatever the seed of the training.
+EVALUATION_SEED = 20210101
+# Epochs of one subject or recording are alike: these columns of an index name what must not be torn apart.
+GROUP_COLUMNS = {"EEG": ("subject",), "EOG": ("source", "record"), "EMG": ("source", "record")}
+
+Batch = tuple[Tensor, Tensor]
+
+
+def mix(clean: Tensor, artifact: Tensor, snr_db: Tensor) -> Batch:
+    r"""Mix clean epochs with artifacts and divide both sides by the standard deviation of the mixture.
+
+    .. math:: y = x + c\,a, \qquad c = \frac{\mathrm{RMS}(x)}{\mathrm{RMS}(a)}\,10^{-\mathrm{SNR}/20}
+
+    Args:
+        clean: EEG epochs x, shape (batch, samples), none zero throughout.
+        artifact: Artifact epochs a, the same shape and units, none zero throughout.
+        snr_db: Ratio of the power of x to the power of c a, in dB, shape (batch,).
+
+    Returns:
+        The noisy epochs y and the clean epochs x, each (batch, samples), both divided by the standard deviation of y.
+
+    Example:
+        >>> clean, artifact = torch.tensor([[1.0, -1.0, 1.0, -1.0]]), torch.tensor([[5.0, 5.0, -5.0, -5.0]])
+        >>> y, x = mix(clean, artifact, torch.tensor([0.0]))
+        >>> y, x
+        (tensor([[ 1.4142,  0.0000,  0.0000, -1.4142]]), tensor([[ 0.7071, -0.7071,  0.7071, -0.7071]]))
+    """
+    ratio = clean.square().mean(dim=1).sqrt() / artifact.square().mean(dim=1).sqrt()
+    noisy = clean + (ratio * 10 ** (-snr_db / 20)).unsqueeze(1) * artifact
+    deviation = noisy.std(dim=1, correction=0, keepdim=True)
+    return noisy / deviation, clean / deviation
+
+
+class Pairing(NamedTuple):
+    """Which EEG epoch meets which artifact epoch at which SNR in dB: three tensors of shape (mixtures,)."""
+
+    clean: Tensor
+    artifact: Tensor
+    snr_db: Tensor
+
+
+class FixedMixtures(Dataset[Batch]):
+    """Mixtures by a fixed pairing, for validation and test.
+
+    Args:
+        clean: EEG epochs, shape (epochs, samples).
+        artifacts: Artifact epochs, shape (artifact epochs, samples).
+        pairing: The mixtures.
+    """
+
+    def __init__(self, clean: Tensor, artifacts: Tensor, pairing: Pairing) -> None:
+        self.clean = clean
+        self.artifacts = artifacts
+        self.pairing = pairing
+
+    def __len__(self) -> int:
+        return len(self.pairing.clean)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return a batch (y, x) of mixtures, each (len(indices), samples)."""
+        clean, artifact, snr_db = (column[list(indices)] for column in self.pairing)
+        return mix(self.clean[clean], self.artifacts[artifact], snr_db)
+
+    def __getitem__(self, index: int) -> Batch:
+        y, x = self.__getitems__([index])
+        return y[0], x[0]
+
+
+class FreshMixtures(Dataset[Batch]):
+    """Mixtures drawn afresh every epoch from the seed and the epoch index alone.
+
+    In epoch `e` every EEG epoch occurs once, in random order, with a random artifact epoch at an SNR uniform in the
+    range. Mixture `i` of epoch `e` has the index `e * len(self) + i`, as :class:`EpochSampler` counts; one batch
+    belongs to one epoch.
+
+    Args:
+        clean: EEG epochs, shape (epochs, samples).
+        artifacts: Artifact epochs, shape (artifact epochs, samples).
+        snr_range_db: Lowest and highest SNR in dB.
+        seed: Seed of all draws.
+    """
+
+    def __init__(self, clean: Tensor, artifacts: Tensor, snr_range_db: tuple[float, float], seed: int) -> None:
+        self.clean = clean
+        self.artifacts = artifacts
+        self.snr_range_db = snr_range_db
+        self.seed = seed
+        self._current: tuple[int, FixedMixtures] | None = None
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def pairing(self, epoch: int) -> Pairing:
+        """Return the mixtures of an epoch in their order."""
+        random = np.random.default_rng([self.seed, epoch])
+        return Pairing(
+            torch.from_numpy(random.permutation(len(self.clean))),
+            torch.from_numpy(random.integers(len(self.artifacts), size=len(self.clean))),
+            torch.from_numpy(random.uniform(*self.snr_range_db, size=len(self.clean)).astype(np.float32)),
+        )
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return a batch (y, x) of mixtures of one epoch, each (len(indices), samples)."""
+        epoch = indices[0] // len(self)
+        if self._current is None or self._current[0] != epoch:
+            self._current = epoch, FixedMixtures(self.clean, self.artifacts, self.pairing(epoch))
+        return self._current[1].__getitems__([index - epoch * len(self) for index in indices])
+
+    def __getitem__(self, index: int) -> Batch:
+        y, x = self.__getitems__([index])
+        return y[0], x[0]
+
+
+class Split(NamedTuple):
+    """Row numbers of the epochs of each part, ascending."""
+
+    train: npt.NDArray[np.int64]
+    val: npt.NDArray[np.int64]
+    test: npt.NDArray[np.int64]
+
+
+def split_rows(path: Path, rows: int, kind: str, val_fraction: float) -> Split:
+    """Split the rows of an array of epochs, by its index where there is one and in contiguous runs otherwise.
+
+    With an index, the test rows are those it says, and the validation rows are whole groups of train rows (subjects of
+    EEG, recordings of artifacts), evenly spaced in the order of the file: the same for every seed.
+
+    Args:
+        path: The index file, which need not exist.
+        rows: Number of epochs.
+        kind: "EEG", "EOG" or "EMG".
+        val_fraction: Fraction of the groups, or of the rows, that is held out of training.
+
+    Returns:
+        The rows of each part, none empty.
+
+    Raises:
+        DataFileError: If the index is bad or leaves a part empty, or if there are too few rows to split.
+    """
+    index = read_index(path, rows)
+    if index is None:
+        val, test = round(rows * (1 - TEST_FRACTION - val_fraction)), round(rows * (1 - TEST_FRACTION))
+        split = Split(np.arange(val), np.arange(val, test), np.arange(test, rows))
+    else:
+        train = [row for row in range(rows) if index[row]["split"] == "train"]
+        columns = [column for column in GROUP_COLUMNS[kind] if column in index[0]]
+        groups = [tuple(index[row][column] for column in columns) if columns else row for row in train]
+        distinct = list(dict.fromkeys(groups))
+        count = max(1, round(val_fraction * len(distinct)))
+        held_out = {distinct[int((number + 0.5) * len(distinct) / count)] for number in range(count if distinct else 0)}
+        is_val = np.array([group in held_out for group in groups], dtype=bool)
+        test_rows = [row for row in range(rows) if index[row]["split"] == "test"]
+        split = Split(np.array(train)[~is_val], np.array(train)[is_val], np.array(test_rows, dtype=np.int64))
+    for name, part in zip(Split._fields, split, strict=True):
+        if len(part) == 0:
+            found = f"{rows} epochs of which none is left for {name}"
+            expected = "at least two groups (subjects or recordings) to train on and one epoch to test on"
+            raise DataFileError(path, found, expected, "Add epochs, or correct the index.")
+    return split
+
+
+class EEGDenoiseNet(pl.LightningDataModule):
+    """Denoising of EEG epochs: batches `(y, x)` of noisy and clean epochs, each (batch, 512) float32.
+
+    Training mixtures are drawn afresh every epoch, from `seed` and the epoch index only: neither the global random
+    state nor the number of ranks nor a resumed run changes them, provided `batch_size` times the number of ranks stays
+    the same. Validation and test mixtures are fixed, in equal numbers at -14, -12, ... +4 dB, so a mean over them is
+    the mean over the levels: every validation epoch at one level, every test epoch at all ten. Both y and x are divided
+    by the standard deviation of y, as EEGdenoiseNet does.
+
+    Epochs are split by the column `split` of `EEG_index.csv` and of the artifact's index where these exist, with whole
+    subjects and recordings held out of training for validation; otherwise in contiguous runs of 80, 10 and 10 %.
+
+    Args:
+        data_dir: Folder of the files. Arrays are (epochs, 512), float32 or float64.
+        artifact: "EOG" (eyes) or "EMG" (muscles).
+        snr_range_db: Lowest and highest SNR of the training mixtures, in dB of power.
+        batch_size: Mixtures a batch, on each rank.
+        val_fraction: Fraction of the training subjects and recordings that validation holds out.
+        seed: Seed of the training mixtures.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        DataFileError: By `setup`, if a file is absent or does not hold what it should.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> for kind in ("EEG", "EOG"):
+        ...     epochs = np.random.default_rng(0).standard_normal((100, 512), dtype=np.float32)
+        ...     np.save(f"{folder.name}/{kind}_all_epochs.npy", epochs)
+        >>> data = EEGDenoiseNet(folder.name, batch_size=32)
+        >>> data.setup("fit")
+        >>> y, x = next(iter(data.train_dataloader()))
+        >>> y.shape, x.shape
+        (torch.Size([32, 512]), torch.Size([32, 512]))
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        artifact: Literal["EOG", "EMG"] = "EOG",
+        snr_range_db: tuple[float, float] = (-14.0, 4.0),
+        batch_size: int = 128,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if artifact not in ("EOG", "EMG"):
+            raise ValueError(f"artifact is {artifact!r}: it must be 'EOG' or 'EMG'.")
+        if not snr_range_db[0] <= snr_range_db[1]:
+            raise ValueError(f"snr_range_db is {snr_range_db}: it must be (lowest, highest) in dB.")
+        if not 0 < val_fraction < 1 - TEST_FRACTION:
+            raise ValueError(f"val_fraction is {val_fraction}: it must lie between 0 and {1 - TEST_FRACTION}.")
+        if batch_size < 1 or seed < 0:
+            raise ValueError(f"batch_size is {batch_size} and seed is {seed}: they must be at least 1 and 0.")
+        self.data_dir = Path(data_dir)
+        self.artifact = artifact
+        self.snr_range_db = snr_range_db
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.seed = seed
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and split the files, once."""
+        if hasattr(self, "train_set"):
+            return
+        clean, clean_split = self._read("EEG")
+        artifacts, artifact_split = self._read(self.artifact)
+        self.train_set = FreshMixtures(
+            clean[clean_split.train], artifacts[artifact_split.train], self.snr_range_db, self.seed
+        )
+        self.val_set = _validation_mixtures(clean[clean_split.val], artifacts[artifact_split.val])
+        self.test_set = _test_mixtures(clean[clean_split.test], artifacts[artifact_split.test])
+
+    def _read(self, kind: str) -> tuple[Tensor, Split]:
+        epochs = read_epochs(self.data_dir / f"{kind}_all_epochs.npy", SAMPLES)
+        split = split_rows(self.data_dir / f"{kind}_index.csv", len(epochs), kind, self.val_fraction)
+        return torch.from_numpy(epochs), split
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training batches of this rank; a last incomplete batch of the epoch is left out."""
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if len(self.train_set) < ranks * self.batch_size:
+            raise ValueError(
+                f"batch_size is {self.batch_size} on {ranks} ranks, but there are {len(self.train_set)} training "
+                "epochs: lower batch_size."
+            )
+        return ResumableLoader(self.train_set, self.batch_size, EpochSampler(len(self.train_set), ranks, rank))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return the validation batches."""
+        return self._fixed_batches(self.val_set)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Return the test batches."""
+        return self._fixed_batches(self.test_set)
+
+    def _fixed_batches(self, mixtures: FixedMixtures) -> DataLoader[Batch]:
+        # Without gradients a batch needs little memory, and the metrics do not depend on its size.
+        return DataLoader(mixtures, batch_size=4 * self.batch_size, num_workers=0, collate_fn=whole_batch)
+
+
+def _validation_mixtures(clean: Tensor, artifacts: Tensor) -> FixedMixtures:
+    """Give every epoch one level in turn; up to nine last epochs are left out for equal counts."""
+    levels = torch.tensor(EVALUATION_LEVELS_DB, dtype=torch.float32)
+    count = max(len(clean) // len(levels), 1) * len(levels)
+    return _evaluation_mixtures(clean, artifacts, torch.arange(count) % len(clean), levels.repeat(count // len(levels)))
+
+
+def _test_mixtures(clean: Tensor, artifacts: Tensor) -> FixedMixtures:
+    """Give every epoch all levels, each with another artifact epoch."""
+    levels = torch.tensor(EVALUATION_LEVELS_DB, dtype=torch.float32)
+    rows = torch.arange(len(clean)).repeat(len(levels))
+    return _evaluation_mixtures(clean, artifacts, rows, levels.repeat_interleave(len(clean)))
+
+
+def _evaluation_mixtures(clean: Tensor, artifacts: Tensor, rows: Tensor, snr_db: Tensor) -> FixedMixtures:
+    drawn = np.random.default_rng(EVALUATION_SEED).integers(len(artifacts), size=len(rows))
+    return FixedMixtures(clean, artifacts, Pairing(rows, torch.from_numpy(drawn), snr_db))

@@ -1,0 +1,110 @@
+"""SolverModule: the LightningModule around any solver that maps measurements to unknowns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from typing_extensions import override
+
+from pibinn_plugin.quantizer import GlobalScale
+
+__all__ = ["SolverModule"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+class SolverModule(pl.LightningModule):
+    """Train a solver on batches ``(y, x)`` with Adam and a cosine schedule to zero.
+
+    Three groups of parameters have learning rates of their own: weights (latents, once `TwoStageQAT` has prepared the
+    module), the scalars of the algorithm (step sizes, thresholds), and λ, whose rate is relative to its value.
+
+    Args:
+        solver: a module that maps y, shape (batch, measurements), to an estimate of x, shape (batch, unknowns).
+        metrics: computed over the validation and the test set, logged as ``val/<name>`` and ``test/<name>``.
+        learning_rate: of weights and latents.
+        scalar_learning_rate: of everything else but λ.
+        scale_learning_rate: of λ, as a fraction of its value when training starts.
+        loss: of the estimate and x.
+
+    Example:
+        >>> from lightning_modules.metrics import NMSE
+        >>> from lightning_modules.operators import SignBlocks
+        >>> from lightning_modules.solvers.coupled_ista import CoupledISTA
+        >>> module = SolverModule(CoupledISTA(SignBlocks(2, 4, 8), layers=3), metrics=[NMSE()])
+        >>> module(torch.zeros(1, 8)).shape
+        torch.Size([1, 16])
+    """
+
+    def __init__(
+        self,
+        solver: nn.Module,
+        metrics: Sequence[Metric] = (),
+        learning_rate: float = 5e-3,
+        scalar_learning_rate: float = 5e-3,
+        scale_learning_rate: float = 5e-3,
+        loss: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.solver = solver
+        self.learning_rate, self.scalar_learning_rate = learning_rate, scalar_learning_rate
+        self.scale_learning_rate = scale_learning_rate
+        self.loss = nn.MSELoss() if loss is None else loss
+        collection = MetricCollection(list(metrics))
+        self.val_metrics, self.test_metrics = collection.clone(prefix="val/"), collection.clone(prefix="test/")
+
+    @override
+    def forward(self, y: Tensor) -> Tensor:
+        """The estimate of x, shape (batch, unknowns), from y, shape (batch, measurements)."""
+        return self.solver(y)
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        y, x = batch
+        loss = self.loss(self(y), x)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(self.val_metrics, batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(self.test_metrics, batch)
+
+    def _evaluate(self, metrics: MetricCollection, batch: Batch) -> None:
+        y, x = batch
+        metrics.update(self(y), x)
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        groups = [{"params": list(parameters), "lr": rate} for parameters, rate in self._parameter_groups()]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _parameter_groups(self) -> Iterator[tuple[list[nn.Parameter], float]]:
+        weights, scalars, scales = [], [], []
+        scale_ids = {id(module.value) for module in self.modules() if isinstance(module, GlobalScale)}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in scale_ids:
+                scales.append(parameter)
+            # "original" is what a torch parametrization calls the parameter behind a weight.
+            elif name.rpartition(".")[2] in ("weight", "original"):
+                weights.append(parameter)
+            else:
+                scalars.append(parameter)
+        yield weights, self.learning_rate
+        yield scalars, self.scalar_learning_rate
+        yield (
+            scales,
+            self.scale_learning_rate * max((float(scale.detach().abs().max()) for scale in scales), default=1.0),
+        )

@@ -1,0 +1,87 @@
+"""Physics operators with ``A`` and ``A_adjoint``, as in deepinv: any such object is accepted in their place.
+
+Batches are rows: ``A`` maps ``(..., unknowns)`` to ``(..., measurements)``, ``A_adjoint`` the other way. Operators that
+are generated from a seed keep their entries out of checkpoints and packed files: the seed stands for them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class PhysicsOperator(Protocol):
+    """What a solver needs of the physics: the operator, its adjoint, and how many measurements of how many unknowns."""
+
+    shape: tuple[int, int]
+
+    def A(self, x: Tensor) -> Tensor:
+        """``(..., unknowns)`` to ``(..., measurements)``."""
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        """``(..., measurements)`` to ``(..., unknowns)``."""
+
+
+class BlockOperator(nn.Module):
+    """A block-diagonal operator from its blocks.
+
+    Args:
+        blocks: shape ``(blocks, rows, columns)``.
+
+    Raises:
+        ValueError: not three dimensions, or an entry that is not finite.
+
+    Example:
+        >>> operator = BlockOperator(torch.ones(2, 1, 3))
+        >>> operator.shape, operator.A(torch.arange(6.0))
+        ((2, 6), tensor([ 3., 12.]))
+    """
+
+    blocks: Tensor
+
+    def __init__(self, blocks: Tensor) -> None:
+        super().__init__()
+        if blocks.dim() != 3 or not blocks.isfinite().all():
+            raise ValueError(f"expected finite blocks (blocks, rows, columns); got shape {tuple(blocks.shape)}")
+        self.register_buffer("blocks", blocks, persistent=False)
+        self.shape = (blocks.shape[0] * blocks.shape[1], blocks.shape[0] * blocks.shape[2])
+
+    def A(self, x: Tensor) -> Tensor:
+        """``A x``: ``(..., unknowns)`` to ``(..., measurements)``."""
+        return torch.einsum("...bc,brc->...br", x.unflatten(-1, (self.blocks.shape[0], -1)), self.blocks).flatten(-2)
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        """``Aᵀ y``: ``(..., measurements)`` to ``(..., unknowns)``."""
+        return torch.einsum("...br,brc->...bc", y.unflatten(-1, (self.blocks.shape[0], -1)), self.blocks).flatten(-2)
+
+
+class GaussianBlocks(BlockOperator):
+    """Independent normal entries in each block, columns of unit norm, from a seed.
+
+    Args:
+        blocks: number of blocks.
+        rows: measurements of each.
+        columns: unknowns of each.
+        seed: of the entries.
+    """
+
+    def __init__(self, blocks: int = 8, rows: int = 32, columns: int = 64, seed: int = 0) -> None:
+        entries = torch.randn(blocks, rows, columns, generator=torch.Generator().manual_seed(seed))
+        super().__init__(entries / entries.norm(dim=1, keepdim=True))
+
+
+class SignBlocks(BlockOperator):
+    """Independent entries ±1/√rows in each block (spreading codes, coded apertures, DMD patterns), from a seed.
+
+    Args:
+        blocks: number of blocks.
+        rows: measurements of each.
+        columns: unknowns of each.
+        seed: of the entries.
+    """
+
+    def __init__(self, blocks: int = 8, rows: int = 32, columns: int = 64, seed: int = 0) -> None:
+        coins = torch.rand(blocks, rows, columns, generator=torch.Generator().manual_seed(seed))
+        super().__init__(torch.where(coins < 0.5, -1.0, 1.0) / rows**0.5)

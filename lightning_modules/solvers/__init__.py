@@ -1,0 +1,1 @@
+"""Unrolled solvers as plain modules, one algorithm a file."""
