@@ -69,6 +69,7 @@ def main() -> None:
     console = Console(width=max(100, Console().width))
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     FOLDER.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # the operations are too small to share: a second thread would only be waited for
     console.rule("1/3  float twin: the same network with fp32 weights")
     twin, twin_nmse = train("float_twin", 1e-2, 1e-2, [])
     twin_file = FOLDER / "float_twin.safetensors"

@@ -63,13 +63,20 @@ class SolverTrainer(pl.Trainer):
         """Evaluate a checkpoint on the test set: ``last``, a path, or None for the model as it is."""
         return super().test(model, dataloaders, self._checkpoint(ckpt_path), verbose, datamodule)
 
-    def convert(self, model: SolverModule, ckpt_path: str | Path = "last", output: str | Path | None = None) -> Path:
+    def convert(
+        self,
+        model: SolverModule,
+        ckpt_path: str | Path = "last",
+        output: str | Path | None = None,
+        datamodule: pl.LightningDataModule | None = None,
+    ) -> Path:
         """Pack the solver of a checkpoint into one file of one bit a weight.
 
         Args:
             model: The module that was trained.
             ckpt_path: ``last``, or the path of a checkpoint.
             output: The packed file; ``<default_root_dir>/solver.safetensors`` unless given.
+            datamodule: Not read: LightningCLI hands it to every verb.
         """
         self._prepare(model)
         checkpoint = torch.load(str(self._checkpoint(ckpt_path)), map_location="cpu", weights_only=True)
@@ -80,8 +87,13 @@ class SolverTrainer(pl.Trainer):
         print(f"packed file: {path} ({path.stat().st_size:,} bytes)")
         return path
 
-    def summary(self, model: SolverModule) -> pb.Summary:
-        """Show where the bytes of the solver are, as it is packed."""
+    def summary(self, model: SolverModule, datamodule: pl.LightningDataModule | None = None) -> pb.Summary:
+        """Show where the bytes of the solver are, as it is packed.
+
+        Args:
+            model: The module, trained or not.
+            datamodule: Not read: LightningCLI hands it to every verb.
+        """
         self._prepare(model)
         report = pb.summary(model.solver)
         print(report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class _FreshExamples(Dataset[Batch]):
         """Return a batch (y, x) of examples of one epoch."""
         epoch = indices[0] // self.length
         if epoch != self._epoch:
-            seed = (self.data.seed << 32) + epoch
+            # torch's generator looks at 32 bits of its seed: mix both numbers into them.
+            seed = int(np.random.SeedSequence([self.data.seed, epoch]).generate_state(1)[0])
             self._epoch, self._examples = epoch, self.data.draw(self.length, seed)
         rows = [index - epoch * self.length for index in indices]
         return self._examples[0][rows], self._examples[1][rows]
@@ -82,10 +84,10 @@ class SparseRecovery(pl.LightningDataModule):
         super().__init__()
         if not 0 < sparsity <= 1:
             raise ValueError(f"sparsity is {sparsity}: it is a fraction, above 0 and at most 1")
-        if min(batch_size, train_examples, evaluation_examples) < 1 or not 0 <= seed < 2**31:
+        if min(batch_size, train_examples, evaluation_examples) < 1 or seed < 0:
             raise ValueError(
                 f"batch_size={batch_size}, train_examples={train_examples}, evaluation_examples={evaluation_examples}, "
-                f"seed={seed}: counts are at least 1, the seed at least 0 and below 2**31"
+                f"seed={seed}: counts are at least 1, the seed at least 0"
             )
         self.operator, self.sparsity, self.snr_db, self.seed = operator, sparsity, snr_db, seed
         self.batch_size, self.train_examples, self.evaluation_examples = batch_size, train_examples, evaluation_examples

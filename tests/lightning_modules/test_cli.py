@@ -1,0 +1,107 @@
+"""The command line on a small problem: every verb, resuming, the float twin, and errors of one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import pibinn_plugin as pb
+from lightning_modules.cli import main
+from lightning_modules.operators import SignBlocks
+from lightning_modules.solvers.coupled_ista import CoupledISTA
+
+CONFIG = Path(__file__).parents[2] / "configs" / "sparse_recovery.yaml"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run one verb on a small version of the committed config, inside ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(CONFIG.read_text())
+    operator = {
+        "class_path": "lightning_modules.operators.SignBlocks",
+        "init_args": {"blocks": 2, "rows": 8, "columns": 16},
+    }
+    config["model"]["solver"]["init_args"] = {"operator": operator, "layers": 3}
+    config["data"]["init_args"] |= {
+        "operator": operator, "train_examples": 128, "batch_size": 32, "evaluation_examples": 64
+    }  # fmt: skip
+    config["trainer"] |= {"max_epochs": 4, "default_root_dir": "run", "enable_progress_bar": False}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+
+    def call(verb, *options):
+        monkeypatch.setattr(sys, "argv", ["lightning_modules", verb, "--config", "small.yaml", *options])
+        main()
+
+    return call
+
+
+def small_solver():
+    return CoupledISTA(SignBlocks(2, 8, 16), layers=3)
+
+
+def test_fit_test_convert_summary(run, capsys):
+    run("fit")
+    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == 3
+    run("test")
+    assert "test/NMSE" in capsys.readouterr().out
+    run("convert")
+    run("summary")
+    printed = capsys.readouterr().out
+    size = Path("run/solver.safetensors").stat().st_size
+    assert f"{size:,} bytes" in printed
+    assert printed.count("layers.2.weight") == 2  # once by convert, once by summary
+    loaded = pb.load("run/solver.safetensors", into=small_solver())
+    scale = checkpoint["state_dict"]["pibinn_scale.value"].abs()
+    assert torch.equal(loaded.layers[0].weight.abs(), scale.expand(2, 16, 8))
+
+
+def test_a_stopped_run_resumes_to_the_same_checkpoint(run):
+    run("fit")
+    whole = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    run("fit", "--trainer.default_root_dir", "other", "--trainer.limit_train_batches", "4")
+    cut = torch.load("other/checkpoints/last.ckpt", weights_only=True)
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, cut["state_dict"][name]), name
+
+
+def test_the_float_twin_takes_one_override(run):
+    run("fit", "--float_twin", "true")
+    state = torch.load("run_float_twin/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert set(state) == {f"solver.{name}" for name in small_solver().state_dict()}
+    assert not Path("run").exists()
+
+
+def test_print_config_shows_the_targets(run, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run("fit", "--print_config")
+    assert exit.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["qat"]["targets"] == {"solver.layers.*.weight": None}
+
+
+def test_a_structure_can_be_named(run):
+    structure = '{"class_path": "pibinn_plugin.BlockDiagonal", "init_args": {"blocks": 2}}'
+    run("fit", "--qat.targets", f'{{"solver.layers.*.weight": {structure}}}', "--trainer.max_epochs", "1")
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "words"),
+    [
+        ("test", [], "there is no checkpoint run/checkpoints/last.ckpt: run fit first"),
+        ("convert", ["--float_twin", "true"], "float twin has no one-bit weights"),
+        ("fit", ["--qat.targets", "{'solver.nothing.*': null}"], "matches no parameter"),
+        ("fit", ["--model.solver.init_args.layers", "0"], "layers=0"),
+        ("fit", ["--qat.scale_stage_start", "1.5"], "scale_stage_start"),
+    ],
+)
+def test_an_error_is_one_line(run, capsys, verb, options, words):
+    with pytest.raises(SystemExit) as exit:
+        run(verb, *options)
+    assert exit.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert words in errors[0]
