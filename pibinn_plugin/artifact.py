@@ -58,7 +58,10 @@ class PackedNetwork:
         weights = dict(packed_signs_of(model))
         if not weights or any(True for _ in quantized_weights(model)):
             raise PIBiNNError("expected a packed model: convert it first, pb.save(pb.convert(model), path)")
-        return cls(weights, _scale_value(model), float_tensors(model))
+        scale = _scale_value(model)
+        if not 0.0 < torch.tensor(scale, dtype=torch.float32).item() < float("inf"):
+            raise ScaleError(f"the global scale is {scale}; a packed file holds a positive float32")
+        return cls(weights, scale, float_tensors(model))
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
@@ -257,8 +260,7 @@ def _load_float_tensors(model: nn.Module, network: PackedNetwork, device: torch.
                 f"{key!r} is {tensor.dtype} of shape {tuple(tensor.shape)} in the file, {expected[key].dtype} of shape "
                 f"{tuple(expected[key].shape)} in the model"
             )
-    state = {key: tensor.to(device) for key, tensor in network.float_tensors.items()}
-    model.load_state_dict(state, strict=False, assign=True)
+    model.load_state_dict(_assignable(model, network, device), strict=False, assign=True)
     left = [
         name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.device.type == "meta"
     ]
@@ -266,9 +268,28 @@ def _load_float_tensors(model: nn.Module, network: PackedNetwork, device: torch.
         raise ArtifactError(f"{left} are on the meta device and not in the file (non-persistent): build them first")
 
 
+def _assignable(model: nn.Module, network: PackedNetwork, device: torch.device) -> dict[str, Tensor]:
+    """The float tensors as objects to assign: one object for the keys that the model ties, so that they stay tied."""
+    state: dict[str, Tensor] = {}
+    tied: dict[int, str] = {}
+    own_tensors = model.state_dict(keep_vars=True)
+    for key, tensor in network.float_tensors.items():
+        own = own_tensors[key]
+        if (first := tied.setdefault(id(own), key)) != key:
+            if not torch.equal(tensor, network.float_tensors[first]):
+                raise ArtifactError(f"{key!r} and {first!r} are one tensor in the model and differ in the file")
+            state[key] = state[first]
+            continue
+        on_device = tensor.to(device)
+        is_parameter = isinstance(own, nn.Parameter)
+        state[key] = nn.Parameter(on_device, requires_grad=own.requires_grad) if is_parameter else on_device
+    return state
+
+
 def _scale_value(model: nn.Module) -> float:
     """λ of a packed model: of its `GlobalScale`, or the one that its packed tensors agree on."""
-    in_tensors = {parameter.scale.item() for parameter in model.parameters() if hasattr(parameter, "packed_signs")}
+    parameters: list[Any] = list(model.parameters())
+    in_tensors = {parameter.scale.item() for parameter in parameters if hasattr(parameter, "packed_signs")}
     if not in_tensors:
         return float(global_scale(model)().item())
     if len(in_tensors) > 1:

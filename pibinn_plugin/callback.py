@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.enums import StrEnum
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from pibinn_plugin.quantizer import initial_scale
@@ -29,6 +32,13 @@ class Stage(StrEnum):
 
 _ORDER = [Stage.WARM_UP, Stage.SIGNS, Stage.SCALE]
 
+# Where each scheme keeps the structure of a weight in a state dict.
+_STRUCTURE_KEYS = {
+    "native": "*parametrizations.*.0._extra_state",
+    "torchao": "*weight_fake_quantizer._extra_state",
+    "brevitas": "*weight_quant.tensor_quant.sign_quantizer._extra_state",
+}
+
 
 class TwoStageQAT(Callback):
     """Train one-bit weights in two stages: first latents and λ, then λ and every float parameter with frozen signs.
@@ -36,19 +46,22 @@ class TwoStageQAT(Callback):
     The model is prepared in ``setup``, before the optimizer is made; its forward is never wrapped, and it is never
     converted: call ``pb.convert`` on the trained module. Every epoch logs ``qat/scale`` (λ), ``qat/flipped`` (the
     fraction of signs flipped in it) and ``qat/stage`` (0 warm-up, 1 signs, 2 scale). Stage and structures are in the
-    checkpoint; a resumed run goes on in the stage it was in.
+    checkpoint; a resumed run goes on in the stage it was in, also where a longer training would begin it later.
+
+    Under ``ModelParallelStrategy`` (FSDP2), shard the targets' layers and the LightningModule itself, which holds λ.
 
     Args:
         targets: pattern of parameter names of the LightningModule, such as ``"solver.layers.*.weight"``, to structure;
             None means the structure that the layer has. See `resolve_targets`.
         scheme: ``"native"``, ``"torchao"`` or ``"brevitas"``.
         sign_stage_start: when stage 1 begins, after a warm-up with float weights: an epoch (int), or a fraction of all
-            training steps (float). 0 means no warm-up.
+            optimizer steps (float). 0 means no warm-up.
         scale_stage_start: when stage 2 begins, likewise.
 
     Raises:
-        MisconfigurationException: a negative epoch, a fraction outside [0, 1], a fraction of a training without a
-            known length, a model that was prepared with other structures, or a checkpoint of another scheme.
+        MisconfigurationException: a negative epoch, a fraction outside [0, 1], stage 2 before stage 1, a fraction of a
+            training without a known length, a model that was prepared otherwise, a checkpoint of another scheme or of
+            other structures, or a strategy that cannot train λ.
 
     Example:
         >>> from pibinn_plugin import BlockDiagonal
@@ -67,68 +80,222 @@ class TwoStageQAT(Callback):
         for name, start in (("sign_stage_start", sign_stage_start), ("scale_stage_start", scale_stage_start)):
             if start < 0 or (isinstance(start, float) and start > 1):
                 raise MisconfigurationException(
-                    f"{name} must be an epoch (int, at least 0) or a fraction of training (float, 0 to 1); got {start!r}"
+                    f"{name} must be an epoch (int, at least 0) or a fraction of training (float, 0 to 1); got "
+                    f"{start!r}"
                 )
+        if type(sign_stage_start) is type(scale_stage_start) and sign_stage_start > scale_stage_start:
+            raise MisconfigurationException(
+                f"stage 2 cannot begin before stage 1; got sign_stage_start={sign_stage_start!r} and "
+                f"scale_stage_start={scale_stage_start!r}"
+            )
         self.targets, self.scheme = dict(targets), scheme
         self.sign_stage_start, self.scale_stage_start = sign_stage_start, scale_stage_start
         self.stage: Stage | None = None
+        self._structures: dict[str, str] = {}
         self._signs_at_epoch_start: list[Tensor] = []
+        self._load_check: RemovableHandle | None = None
+
+    # ------------------------------------------------------------------------------------------------- preparation
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not any(True for _ in quantized_weights(pl_module)):
+        self._check_strategy(trainer, pl_module)
+        if any(True for _ in quantized_weights(pl_module)):
+            self._check_prepared(pl_module)
+        else:
             prepare(pl_module, self.targets, self.scheme)
-        self._check_starts(trainer)
+            self.stage = None
+        if stage == "fit":
+            if self._has_fraction and trainer.max_epochs == trainer.max_steps == -1:
+                raise _unknown_length()
+            if trainer.global_step == 0:
+                self.stage = None  # a new training, whatever this callback was used for before
+            for weight in quantized_weights(pl_module):
+                weight.latent.requires_grad_(True)  # until stage 2: optimizers are made of what is trainable
+        weights = quantized_weights(pl_module)
+        self._structures = {weight.name: weight.quantizer.structure.to_json() for weight in weights}
+        self.teardown(trainer, pl_module, stage)  # a run that failed has had none
+        check = partial(_check_scheme_of_state_dict, self.scheme)
+        self._load_check = pl_module.register_load_state_dict_pre_hook(check)
 
-    def _check_starts(self, trainer: pl.Trainer) -> None:
-        fractions = [start for start in (self.sign_stage_start, self.scale_stage_start) if isinstance(start, float)]
-        if fractions and trainer.max_steps == -1 and trainer.max_epochs == -1:
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._load_check is not None:
+            self._load_check.remove()
+            self._load_check = None
+
+    def _check_strategy(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise MisconfigurationException(
-                "a stage start is a fraction of training, but training has no end: set max_epochs or max_steps, or "
-                "give the start as an epoch (int)"
+                f"{type(trainer.strategy).__name__} keeps parameters in flat buffers, in which latents cannot be "
+                f"frozen: use DDPStrategy, or ModelParallelStrategy (FSDP2)"
             )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            ranks = trainer.strategy.device_mesh["tensor_parallel"].size()
+            if ranks > 1:
+                raise MisconfigurationException(
+                    f"tensor_parallel_size={ranks}: quantized layers cannot be split over ranks; use "
+                    f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1"
+                )
+            if (
+                self.scheme == "brevitas"
+                and not trainer.strategy._save_distributed_checkpoint
+                and pl_module.strict_loading
+            ):
+                # Brevitas' constant buffers are in no state dict, and only this way of loading asks for them.
+                raise MisconfigurationException(
+                    "Lightning could not load a consolidated checkpoint of Brevitas layers again: use "
+                    "ModelParallelStrategy(save_distributed_checkpoint=True)"
+                )
+
+    def _check_prepared(self, pl_module: nn.Module) -> None:
+        weights = {weight.name: weight for weight in quantized_weights(pl_module)}
+        matched: set[str] = set()
+        for pattern, structure in self.targets.items():
+            for name in (names := [name for name in weights if fnmatchcase(name, pattern)]):
+                found = weights[name].quantizer.structure
+                if structure not in (None, found) or weights[name].scheme != self.scheme:
+                    raise MisconfigurationException(
+                        f"the model was prepared before, with {name!r} as {found} in scheme={weights[name].scheme!r}; "
+                        f"the callback asks for {structure} in scheme={self.scheme!r}"
+                    )
+            if not names:
+                raise MisconfigurationException(
+                    f"the model was prepared before, with {sorted(weights)}; the callback's target {pattern!r} matches "
+                    f"none of them"
+                )
+            matched.update(names)
+        if left := sorted(weights.keys() - matched):
+            raise MisconfigurationException(f"the model was prepared before, with {left}, which no target matches")
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
+            return
+        parameters = {weight.name: weight.latent for weight in quantized_weights(pl_module)}
+        parameters["pibinn_scale"] = global_scale(pl_module).value
+        if left := [name for name, parameter in parameters.items() if not _is_sharded(parameter)]:
+            raise MisconfigurationException(
+                f"{left} are not sharded, and the gradients of parameters that are not are never averaged over the "
+                f"ranks: apply fully_shard to the LightningModule itself too, at the end of configure_model"
+            )
+
+    # ------------------------------------------------------------------------------------------------------ stages
+
+    @override
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._enable_quantizers(pl_module, self._stage_at(trainer))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._has_fraction:
+            _training_steps(trainer)  # raises here, not when the first step is done
         self._enter(self._stage_at(trainer), trainer, pl_module)
+        self._remember_signs(pl_module)  # a run resumed inside an epoch has no epoch start
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._signs_at_epoch_start = [_local_signs(weight) for weight in quantized_weights(pl_module)]
+        self._enter_if_due(trainer, pl_module)
+        self._remember_signs(pl_module)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._enter(self._stage_at(trainer), trainer, pl_module)
+        self._enter_if_due(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if self.stage == Stage.SCALE:
-            # FSDP2 goes on filling the gradients of parameters frozen after it was set up: they must not be applied.
+            # One may be there in spite of requires_grad, such as from a hook of the user.
             for weight in quantized_weights(pl_module):
                 weight.latent.grad = None
 
+    @property
+    def _has_fraction(self) -> bool:
+        return any(isinstance(start, float) and start > 0 for start in (self.sign_stage_start, self.scale_stage_start))
+
+    def _stage_at(self, trainer: pl.Trainer) -> Stage:
+        due = Stage.WARM_UP
+        if self._has_started(self.scale_stage_start, trainer):
+            due = Stage.SCALE
+        elif self._has_started(self.sign_stage_start, trainer):
+            due = Stage.SIGNS
+        return max(due, self.stage or due, key=_ORDER.index)
+
+    @staticmethod
+    def _has_started(start: int | float, trainer: pl.Trainer) -> bool:
+        if start == 0 or isinstance(start, int):
+            return trainer.current_epoch >= start
+        return trainer.global_step > 0 and trainer.global_step >= start * _training_steps(trainer)
+
+    def _enter_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (stage := self._stage_at(trainer)) != self.stage:
+            self._enter(stage, trainer, pl_module)
+
+    def _enter(self, stage: Stage, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _reshard(pl_module)
+        previous, self.stage = self.stage, stage
+        self._enable_quantizers(pl_module, stage)
+        if previous == Stage.WARM_UP and stage != Stage.WARM_UP:
+            self._start_scale(trainer, pl_module)
+        if previous not in (None, stage):
+            for optimizer in trainer.optimizers:
+                if isinstance(optimizer, torch.optim.LBFGS):
+                    optimizer.state.clear()  # its one history of all parameters would go on moving the latents
+        latents = [weight.latent for weight in quantized_weights(pl_module)]
+        were_trained = [latent.requires_grad for latent in latents]
+        if stage == Stage.SCALE:
+            freeze_signs(pl_module)
+        else:
+            for latent in latents:
+                latent.requires_grad_(True)
+        if isinstance(trainer.strategy, DDPStrategy) and were_trained != [latent.requires_grad for latent in latents]:
+            # The reducer waits for a gradient of every parameter that needed one when it was built: build it anew.
+            trainer.strategy.model = pl_module
+            trainer.strategy.configure_ddp()
+
+    @staticmethod
+    def _enable_quantizers(pl_module: nn.Module, stage: Stage) -> None:
+        for weight in quantized_weights(pl_module):
+            weight.quantizer.enabled = stage != Stage.WARM_UP
+
+    @staticmethod
+    def _start_scale(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """λ of the warmed-up latents; and its optimizer state, which holds the zero gradients of the warm-up, anew."""
+        scale = global_scale(pl_module)
+        latents = (weight.quantizer.structural(_whole(weight.latent)) for weight in quantized_weights(pl_module))
+        scale.set(initial_scale(latents))
+        for optimizer in trainer.optimizers:
+            optimizer.state.pop(scale.value, None)
+
+    # ----------------------------------------------------------------------------------------------------- metrics
+
+    def _remember_signs(self, pl_module: nn.Module) -> None:
+        _reshard(pl_module)
+        self._signs_at_epoch_start = [_signs(weight) for weight in quantized_weights(pl_module)]
+
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        weights = list(quantized_weights(pl_module))
-        pairs = zip(self._signs_at_epoch_start, weights, strict=True)
-        flipped = torch.stack([(before != _local_signs(weight)).sum() for before, weight in pairs]).sum().float()
-        if any(hasattr(weight.latent, "to_local") for weight in weights):  # each rank sees its shards
-            flipped = trainer.strategy.reduce(flipped, reduce_op="sum")
-        nonzeros = sum(weight.quantizer.structure.nnz(weight.quantizer.shape) for weight in weights)
-        value = global_scale(pl_module).value
-        pl_module.log(
-            "qat/scale", (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().abs().squeeze()
-        )
-        pl_module.log("qat/flipped", flipped / nonzeros)
-        pl_module.log("qat/stage", float(_ORDER.index(self._current_stage())))
+        assert self.stage is not None  # set in on_train_start
+        _reshard(pl_module)
+        pairs = zip(self._signs_at_epoch_start, quantized_weights(pl_module), strict=True)
+        # Outside the structure nothing has a sign, but an optimizer with weight decay moves latents there too.
+        flips = [weight.quantizer.structural(_whole(before != _signs(weight))).flatten() for before, weight in pairs]
+        scale = _whole(global_scale(pl_module).value.detach()).abs().squeeze()
+        # The same on every rank; sync_dist says so to Lightning, which warns otherwise.
+        pl_module.log("qat/scale", scale, sync_dist=True)
+        pl_module.log("qat/flipped", torch.cat(flips).float().mean(), sync_dist=True)
+        pl_module.log("qat/stage", float(_ORDER.index(self.stage)), sync_dist=True)
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"stage": None if self.stage is None else str(self.stage), "scheme": self.scheme}
+        stage = None if self.stage is None else self.stage.value
+        return {"stage": stage, "scheme": self.scheme, "structures": self._structures}
 
     @override
     def on_load_checkpoint(
@@ -136,71 +303,79 @@ class TwoStageQAT(Callback):
     ) -> None:
         state = checkpoint["callbacks"].get(self.state_key)
         if state is None:
-            raise MisconfigurationException(
-                "the checkpoint was trained without TwoStageQAT: load its weights in the module and start a new fit"
-            )
+            raise _trained_without_callback()
         if state["scheme"] != self.scheme:
-            raise MisconfigurationException(
-                f"the checkpoint was trained with scheme={state['scheme']!r}; got scheme={self.scheme!r}"
-            )
+            raise _other_scheme(state["scheme"], self.scheme)
+        # State dicts refuse other structures too, but FSDP2's way of loading does not look at them.
+        for name in state["structures"].keys() | self._structures.keys():
+            theirs, ours = state["structures"].get(name), self._structures.get(name)
+            if theirs != ours:
+                raise MisconfigurationException(
+                    f"the checkpoint holds {name!r} with the structure {theirs}, this model with {ours}; use the "
+                    f"targets it was trained with"
+                )
         if state["stage"] is not None:
-            # Here, not in on_train_start: DDP must be set up with the parameters that this stage trains.
+            # Frozen in on_train_start only: until then, optimizers are made and their states loaded.
             self.stage = Stage(state["stage"])
-            self._apply_stage(pl_module)
-
-    def _current_stage(self) -> Stage:
-        assert self.stage is not None  # set in on_train_start
-        return self.stage
-
-    def _stage_at(self, trainer: pl.Trainer) -> Stage:
-        if self._has_started(self.scale_stage_start, trainer):
-            return Stage.SCALE
-        return Stage.SIGNS if self._has_started(self.sign_stage_start, trainer) else Stage.WARM_UP
-
-    @staticmethod
-    def _has_started(start: int | float, trainer: pl.Trainer) -> bool:
-        if isinstance(start, int):
-            return trainer.current_epoch >= start
-        steps = trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise MisconfigurationException(
-                f"a stage starts at the fraction {start} of training, whose length is unknown (an iterable dataset?): "
-                f"set max_steps, or give the start as an epoch (int)"
-            )
-        return trainer.global_step >= start * steps
-
-    def _enter(self, stage: Stage, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if stage == self.stage:
-            return
-        previous, self.stage = self.stage, stage
-        self._apply_stage(pl_module)
-        if previous == Stage.WARM_UP:
-            self._start_scale(trainer, pl_module)
-        if stage == Stage.SCALE and isinstance(trainer.strategy, DDPStrategy):
-            # The reducer waits for a gradient of every parameter that needed one when it was built: build it anew.
-            trainer.strategy.model = pl_module
-            trainer.strategy.configure_ddp()
-
-    def _apply_stage(self, pl_module: nn.Module) -> None:
-        for weight in quantized_weights(pl_module):
-            weight.quantizer.enabled = self.stage != Stage.WARM_UP
-        if self.stage == Stage.SCALE:
-            freeze_signs(pl_module)
-
-    def _start_scale(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """λ of the warmed-up latents; and its optimizer state, which holds the zero gradients of the warm-up, anew."""
-        scale = global_scale(pl_module)
-        latents = (_structural(weight) for weight in quantized_weights(pl_module))
-        scale.set(initial_scale(latents))
-        for optimizer in trainer.optimizers:
-            optimizer.state.pop(scale.value, None)
+            self._enable_quantizers(pl_module, self.stage)
 
 
-def _structural(weight: QuantizedWeight) -> Tensor:
-    latent = weight.latent.detach()
-    return weight.quantizer.structural(latent.full_tensor() if hasattr(latent, "full_tensor") else latent)
+def _check_scheme_of_state_dict(
+    scheme: str, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """Before torch lists all keys that are missing and all that are unexpected."""
+    found = {
+        other for other, pattern in _STRUCTURE_KEYS.items() if any(fnmatchcase(key, pattern) for key in state_dict)
+    }
+    if not found:
+        raise _trained_without_callback()
+    if scheme not in found:
+        raise _other_scheme(found.pop(), scheme)
 
 
-def _local_signs(weight: QuantizedWeight) -> Tensor:
-    latent = weight.latent.detach()
-    return (latent.to_local() if hasattr(latent, "to_local") else latent) >= 0
+def _trained_without_callback() -> MisconfigurationException:
+    return MisconfigurationException(
+        "the checkpoint was trained without TwoStageQAT: load its weights in the module and start a new fit"
+    )
+
+
+def _other_scheme(theirs: str, ours: str) -> MisconfigurationException:
+    return MisconfigurationException(f"the checkpoint was trained with scheme={theirs!r}; got scheme={ours!r}")
+
+
+def _unknown_length() -> MisconfigurationException:
+    return MisconfigurationException(
+        "a stage start is a fraction of training, whose length is unknown (no max_epochs, a dataset without a length, "
+        "or manual optimization): set max_steps, or give the start as an epoch (int)"
+    )
+
+
+def _training_steps(trainer: pl.Trainer) -> int | float:
+    # In manual optimization every step of every optimizer counts, and how many they make is the user's choice.
+    is_automatic = trainer.lightning_module.automatic_optimization
+    steps = trainer.estimated_stepping_batches if is_automatic else trainer.max_steps
+    if not 0 < steps < float("inf"):  # -1 for an iterable dataset without max_steps
+        raise _unknown_length()
+    return steps
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _signs(weight: QuantizedWeight) -> Tensor:
+    return weight.latent.detach() >= 0
+
+
+def _reshard(pl_module: nn.Module) -> None:
+    """Under FSDP2, put the sharded parameters, which the optimizer steps, in place of those of the last forward.
+
+    After a forward without a backward (validation), the root module holds whole parameters: copies.
+    """
+    for module in pl_module.modules():
+        if callable(reshard := getattr(module, "reshard", None)):
+            reshard()

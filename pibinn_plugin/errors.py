@@ -19,3 +19,7 @@ class ScaleError(PIBiNNError):
 
 class ArtifactError(PIBiNNError):
     """A packed file that is damaged, or that does not belong to the model it is loaded into."""
+
+
+class ExportError(PIBiNNError):
+    """A network that a format cannot hold, or an exported file that does not compute what the network computes."""

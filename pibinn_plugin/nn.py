@@ -7,7 +7,7 @@ the structural nonzeros, not with rows × columns. ``workflow.convert`` makes th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +143,7 @@ class _PackedLayer(StructureInStateDict, nn.Module):
     """What the packed layers share: the bits, an unregistered reference to λ, and the weight they stand for."""
 
     bits: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, packed: PackedSigns, scale: GlobalScale, bias: Tensor | None, compact: bool) -> None:
         super().__init__()
@@ -187,8 +188,8 @@ class PackedConv(_PackedLayer):
     @override
     def forward(self, input: Tensor) -> Tensor:
         weight = self.packed_signs.weight(self._scale[0](), False, input.dtype)
-        padding: str | Sequence[int] = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding, self.padding_mode), (0,) * (weight.dim() - 2)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
-        return convolve(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)  # type: ignore[operator]
+        return convolve(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)

@@ -66,11 +66,11 @@ class PackedSigns:
         """Pack ``sign(latent)``, with ``sign(0) = +1``; the latent is dense, or ``compact``.
 
         Raises:
-            StructureError: a structural latent is NaN, and has no sign.
+            StructureError: a structural latent is NaN or infinite, and has no sign (in training it gives NaN).
         """
         values = latent.detach() if compact else structure.to_compact(latent.detach())
-        if values.isnan().any():
-            raise StructureError(f"a latent of a weight of shape {tuple(shape)} is NaN and has no sign")
+        if not values.isfinite().all():
+            raise StructureError(f"a latent of a weight of shape {tuple(shape)} is not finite and has no sign")
         return cls(pack_bits((values >= 0).flatten()), structure, tuple(shape))
 
     @property

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from pibinn_plugin.errors import ScaleError
 from pibinn_plugin.structure import Shape, Structure
-from pibinn_plugin.structure.checkpoint import StructureInStateDict
+from pibinn_plugin.structure.checkpoint import StructureInStateDict, is_placeholder
 
 
 def sign_ste(latent: Tensor) -> Tensor:
@@ -113,6 +113,8 @@ class GlobalScale(nn.Module):
 
     @override
     def extra_repr(self) -> str:
+        if hasattr(self.value, "full_tensor"):
+            return "sharded"  # its value is on another rank, or asking for it would need all ranks
         return f"{self.value.item():.4g}" if self.value.device.type != "meta" else "meta"
 
 
@@ -137,6 +139,8 @@ class SignQuantizer(StructureInStateDict, nn.Module):
         [[0.5, 0.0], [0.0, -0.5]]
     """
 
+    mask: Tensor | None
+
     def __init__(
         self,
         scale: GlobalScale,
@@ -160,6 +164,9 @@ class SignQuantizer(StructureInStateDict, nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Args: latent: V, dense or compact. Returns: W, in the same shape and dtype."""
+        if self.mask is not None and self.mask.device != latent.device:
+            # load_state_dict(assign=True) on the meta device: the mask is in no state dict, so it is made here.
+            self.mask = self.structure.mask(self.shape, latent.device)
         if self.enabled:
             return quantize_sign(latent, self.scale(), self.mask)
         # λ takes part with a zero gradient: distributed training expects one from every parameter.
@@ -174,10 +181,20 @@ class SignQuantizer(StructureInStateDict, nn.Module):
         """The structural nonzeros of the latent, in compact form."""
         return latent.detach() if self.compact else self.structure.to_compact(latent.detach())
 
+    @override
+    def get_extra_state(self) -> Tensor:
+        return torch.cat([torch.tensor([self.enabled], dtype=torch.uint8), super().get_extra_state()])
+
+    @override
+    def set_extra_state(self, state: Tensor) -> None:
+        if not is_placeholder(state):
+            super().set_extra_state(state[1:])
+            self.enabled = bool(state[0])  # weights of the float warm-up are float weights, wherever they are loaded
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SignQuantizer:
         was_meta = self.mask is not None and self.mask.device.type == "meta"
         super()._apply(fn, recurse)
-        if was_meta and self.mask.device.type != "meta":
+        if was_meta and self.mask is not None and self.mask.device.type != "meta":
             # to_empty leaves garbage in every buffer, and the mask is in no state dict: rebuild it from the rule.
             self.mask = self.structure.mask(self.shape, self.mask.device)
         return self

@@ -128,8 +128,8 @@ class Summary:
 
 
 _LEGEND = (
-    "signs, structure, λ, float, total: bytes as stored. bit/weight, bit/link: stored bits for each structural weight,\n"
-    "and for each element of the dense weights. fp32/this: bytes of the same layers in fp32, dense, over total."
+    "signs, structure, λ, float, total: bytes as stored. bit/weight, bit/link: stored bits for each structural\n"
+    "weight, and for each element of the dense weights. fp32/this: bytes of the same layers in fp32, dense, over total."
 )
 
 

@@ -86,6 +86,20 @@ def resolve_targets(model: nn.Module, targets: Targets) -> list[Target]:
     return list(resolved.values())
 
 
+def check_own_forward(target: Target) -> None:
+    """Raise `TargetError` where the instance has a forward of its own: a copy of it would go on with the original."""
+    if "forward" in vars(target.module):
+        raise TargetError(f"{target} has a forward patched into the instance; put it in a class, or patch it later")
+
+
+def check_readers(root: nn.Module, target: Target) -> None:
+    """Raise `TargetError` where another module reads the weight past the forward of the module that holds it."""
+    for name, module in root.named_modules():
+        # In evaluation it hands the weights of its layers to a fused kernel.
+        if isinstance(module, nn.TransformerEncoderLayer) and target.module in module.children():
+            raise TargetError(f'{target} is read by the TransformerEncoderLayer {name!r} itself; use scheme="native"')
+
+
 def _target(model: nn.Module, name: str, structure: Structure | None) -> Target:
     module_name, _, parameter_name = name.rpartition(".")
     module, parameter = model.get_submodule(module_name), model.get_parameter(name)

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -29,6 +30,7 @@ class QuantizedWeight:
     parameter_name: str
     latent: nn.Parameter
     quantizer: SignQuantizer
+    scheme: str
 
     @property
     def name(self) -> str:
@@ -63,6 +65,7 @@ def prepare(model: nn.Module, targets: Targets, scheme: str = "native") -> nn.Mo
         >>> model[0].weight.count_nonzero().item()
         16
     """
+    _refuse_prepared(model)  # before its targets: the latents of a prepared model have other names
     resolved = resolve_targets(model, targets)
     on_meta = any(target.parameter.device.type == "meta" for target in resolved)
     initial = 1.0 if on_meta else initial_scale(target.structural_latent for target in resolved)
@@ -73,16 +76,20 @@ def prepare(model: nn.Module, targets: Targets, scheme: str = "native") -> nn.Mo
 def attach_quantizers(model: nn.Module, targets: list[Target], scheme: str, scale_value: float) -> None:
     """Put the scheme's quantizers in front of resolved targets, and λ with the given value at the root, in place."""
     framework = _scheme_module(scheme)
-    if any(isinstance(module, GlobalScale | SignQuantizer) for module in model.modules()):
-        raise PIBiNNError("the model is prepared already; name all targets in one call")
+    _refuse_prepared(model)
     for target in targets:  # all checks come before the first change: an error leaves the model as it was
-        framework.check(target)
+        framework.check(model, target)
     first = targets[0].parameter
     scale = GlobalScale(scale_value, first.device, first.dtype)
     scale.is_registered = True  # it will be, below: after the scheme has swapped what it swaps
     for target in targets:
         framework.attach(model, target, scale)
     register_scale(model, model.get_submodule(targets[0].module_name), scale)
+
+
+def _refuse_prepared(model: nn.Module) -> None:
+    if any(isinstance(module, GlobalScale | SignQuantizer) for module in model.modules()):
+        raise PIBiNNError("the model is prepared already; name all targets in one call")
 
 
 def register_scale(root: nn.Module, first_module: nn.Module, scale: GlobalScale) -> None:
@@ -101,12 +108,12 @@ def quantized_weights(model: nn.Module) -> Iterator[QuantizedWeight]:
     for module_name, module in model.named_modules():
         for parameter_name, chain in getattr(module, "parametrizations", {}).items():
             if isinstance(chain[0], SignQuantizer):
-                yield QuantizedWeight(module_name, module, parameter_name, chain.original, chain[0])
-        quantizer = getattr(module, "weight_fake_quantizer", None)  # torchao
+                yield QuantizedWeight(module_name, module, parameter_name, chain.original, chain[0], "native")
+        quantizer, scheme = getattr(module, "weight_fake_quantizer", None), "torchao"
         if quantizer is None:
-            quantizer = getattr(getattr(module, "weight_quant", None), "sign_quantizer", None)  # Brevitas
+            quantizer, scheme = getattr(getattr(module, "weight_quant", None), "sign_quantizer", None), "brevitas"
         if isinstance(quantizer, SignQuantizer) and isinstance(module.weight, nn.Parameter):
-            yield QuantizedWeight(module_name, module, "weight", module.weight, quantizer)
+            yield QuantizedWeight(module_name, module, "weight", module.weight, quantizer, scheme)
 
 
 def global_scale(model: nn.Module) -> GlobalScale:
@@ -156,13 +163,14 @@ def convert(model: nn.Module) -> nn.Module:
     """A packed copy of a prepared model: one bit for each structural nonzero, one λ. The trained model stays as it was.
 
     Every weight is kept bit for bit; outputs differ by summation order only. Linear, convolution and compact layers
-    become `PackedLinear` and `PackedConv`; where a module does more with its weight (raw parameters, Brevitas layers
+    become `PackedLinear` and `PackedConv`. The model may also be a part of a prepared one, such as the solver of a
+    LightningModule: λ becomes its own. Where a module does more with its weight (raw parameters, Brevitas layers
     with activation quantizers, modules with hooks), the weight is unpacked in front of the unchanged module.
 
     Raises:
         PIBiNNError: the model is not prepared, its quantizers are not enabled (float warm-up), or it is sharded.
         ScaleError: λ is not finite.
-        StructureError: a latent is NaN.
+        StructureError: a latent is NaN or infinite.
 
     Example:
         >>> packed = convert(prepare(nn.Linear(16, 4), {"weight": None}))
@@ -174,15 +182,22 @@ def convert(model: nn.Module) -> nn.Module:
         raise PIBiNNError("the model has no one-bit weights to convert; prepare and train it first")
     if not all(weight.quantizer.enabled for weight in weights):
         raise PIBiNNError("the model is in its float warm-up: its forward is not yet that of a one-bit network")
-    if any(hasattr(weight.latent, "full_tensor") for weight in weights):
+    # Asking the latents is not enough: after a forward without a backward, FSDP2's root holds whole parameters.
+    is_sharded = any(hasattr(module, "unshard") for module in model.modules())
+    if is_sharded or any(hasattr(weight.latent, "full_tensor") for weight in weights):
         raise PIBiNNError(
             "the model is sharded over ranks; load its checkpoint into an unsharded model and convert that"
         )
-    scale_value = global_scale(model)().item()
+    scales = {id(weight.quantizer.scale) for weight in weights}
+    if len(scales) > 1:
+        raise ScaleError(f"the one-bit weights use {len(scales)} global scales; a network has one")
     packed_model = copy.deepcopy(model)
-    scale = global_scale(packed_model)
-    scale.set(scale_value)
-    for weight in list(quantized_weights(packed_model)):
+    copies = list(quantized_weights(packed_model))
+    scale = copies[0].quantizer.scale
+    if not any(module is scale for module in packed_model.modules()):
+        register_scale(packed_model, copies[0].module, scale)  # a part of a prepared model becomes a model of its own
+    scale.set(scale().item())
+    for weight in copies:
         quantizer = weight.quantizer
         packed = PackedSigns.pack(weight.latent, quantizer.structure, quantizer.shape, quantizer.compact)
         packed_model = replace_with_packed(packed_model, weight, packed, scale)
@@ -222,7 +237,7 @@ def _scheme_module(scheme: str) -> ModuleType:
 
 def _packed_layer(weight: QuantizedWeight, packed: PackedSigns, scale: GlobalScale) -> nn.Module | None:
     """The packed layer in place of a module that does nothing but its linear map; None for any other module."""
-    module = weight.module
+    module: Any = weight.module
     if weight.parameter_name != "weight" or _has_more_than_a_linear_map(module):
         return None
     # A scheme's own class says which float layer it stands for; a parametrized class is a subclass of it.
@@ -230,7 +245,7 @@ def _packed_layer(weight: QuantizedWeight, packed: PackedSigns, scale: GlobalSca
     if layer_type in (nn.Linear, CompactLinear, BlockDiagonalLinear, BandedLinear):
         return PackedLinear(packed, scale, module.bias, weight.quantizer.compact)
     if layer_type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        return PackedConv(packed, scale, module)  # type: ignore[arg-type]
+        return PackedConv(packed, scale, module)
     return None
 
 
@@ -243,10 +258,15 @@ def _has_more_than_a_linear_map(module: nn.Module) -> bool:
 def _pack_in_place(weight: QuantizedWeight, packed: PackedSigns, scale: GlobalScale) -> None:
     """Replace the latent by its packed signs and unpack them in front of the module."""
     module, name, quantizer, dtype = weight.module, weight.parameter_name, weight.quantizer, weight.latent.dtype
-    if parametrize.is_parametrized(module, name):
-        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-    delattr(module, name)
-    module.register_buffer(name, packed.bits)
     unpack = UnpackSigns(scale, quantizer.structure, quantizer.shape, quantizer.compact, dtype)
-    # unsafe: bytes go in and floating-point weights come out.
-    parametrize.register_parametrization(module, name, unpack, unsafe=True)
+    if parametrize.is_parametrized(module, name):
+        # Not remove_parametrizations: it edits the class, which a deepcopy shares with the model it was copied from.
+        chain: Any = module.parametrizations[name]  # type: ignore[index]
+        del chain.original
+        chain.register_buffer("original", packed.bits)
+        chain[0] = unpack
+    else:
+        delattr(module, name)
+        module.register_buffer(name, packed.bits)
+        # unsafe: bytes go in and floating-point weights come out.
+        parametrize.register_parametrization(module, name, unpack, unsafe=True)

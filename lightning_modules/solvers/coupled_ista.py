@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.operators import PhysicsOperator
-from pibinn_plugin.nn import CompactLinear
-from pibinn_plugin.structure import Dense, Mask, structure_from_operator
+from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, CompactLinear
+from pibinn_plugin.structure import Banded, BlockDiagonal, Structure, structure_from_operator
 
 __all__ = ["CoupledISTA", "soft_threshold"]
 
@@ -54,12 +54,9 @@ class CoupledISTA(nn.Module):
         structure = structure_from_operator(adjoint)
         self.layers = nn.ModuleList()
         for _ in range(layers):
-            if isinstance(structure, Dense | Mask):  # a mask is for the targets of quantization to name
-                layer: nn.Module = nn.Linear(operator.shape[0], operator.shape[1], bias=False)
-                layer.weight = nn.Parameter(adjoint.clone())
-            else:
-                layer = CompactLinear(operator.shape[0], operator.shape[1], structure, bias=False)
-                layer.weight = nn.Parameter(structure.to_compact(adjoint).clone())
+            layer = _float_layer(operator, structure)
+            initial = structure.to_compact(adjoint) if isinstance(layer, CompactLinear) else adjoint
+            layer.weight = nn.Parameter(initial.clone())
             self.layers.append(layer)
         step_size = 1 / float(torch.linalg.matrix_norm(adjoint, 2)) ** 2
         self.step_sizes = nn.Parameter(torch.full((layers,), step_size))
@@ -81,3 +78,13 @@ class CoupledISTA(nn.Module):
             residual = y - self.operator.A(x)
             x = soft_threshold(x + step_size * layer(residual), threshold.abs())
         return x
+
+
+def _float_layer(operator: PhysicsOperator, structure: Structure) -> nn.Module:
+    """A layer shaped like Aᵀ: compact where the structure is a rule; a mask is for the targets of quantization to name."""
+    rows, columns = operator.shape
+    if isinstance(structure, BlockDiagonal):
+        return BlockDiagonalLinear(rows, columns, structure, bias=False)
+    if isinstance(structure, Banded):
+        return BandedLinear(rows, columns, structure.lower, structure.upper, bias=False)
+    return nn.Linear(rows, columns, bias=False)

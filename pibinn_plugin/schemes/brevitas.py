@@ -34,7 +34,7 @@ from pibinn_plugin.errors import ScaleError, TargetError
 from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, compact_linear
 from pibinn_plugin.quantizer import GlobalScale, SignQuantizer
 from pibinn_plugin.structure import BlockDiagonal, Dense, Mask, Structure
-from pibinn_plugin.targets import Target
+from pibinn_plugin.targets import Target, check_own_forward, check_readers
 
 
 class PIBiNNTensorQuant(nn.Module):
@@ -71,6 +71,7 @@ class PIBiNNTensorQuant(nn.Module):
         if not scaling_impl.is_registered:
             self.scaling_impl = scaling_impl
             scaling_impl.is_registered = True
+        scaling_impl.register_load_state_dict_pre_hook(_forgive_missing_scale)
         self.bit_width = BitWidthConst(1 if self.sign_quantizer.mask is None else 2)
         self.zero_point = StatelessBuffer(torch.tensor(0.0))
 
@@ -152,7 +153,7 @@ class _QuantCompact(QuantWeightBiasInputOutputLayer):
 
     @override
     def inner_forward_impl(self: Any, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:
-        values = [getattr(operand, "value", operand) for operand in (x, quant_weight, quant_bias)]
+        values: list[Any] = [getattr(operand, "value", operand) for operand in (x, quant_weight, quant_bias)]
         return compact_linear(values[0], values[1], self.structure, self.dense_shape, values[2])
 
 
@@ -237,8 +238,10 @@ _QUANT_LAYERS: dict[type[nn.Module], tuple[Any, Callable[[Any], dict[str, Any]]]
 }
 
 
-def check(target: Target) -> None:
+def check(root: nn.Module, target: Target) -> None:
     """Raise `TargetError` unless the target is the weight of a layer that can be swapped, or of a Brevitas layer."""
+    check_own_forward(target)
+    check_readers(root, target)
     if target.parameter_name == "weight" and isinstance(target.module, QuantWeightBiasInputOutputLayer):
         return
     if target.parameter_name != "weight" or type(target.module) not in _QUANT_LAYERS:
@@ -264,7 +267,6 @@ def attach(root: nn.Module, target: Target, scale: GlobalScale) -> None:
     dense_shape = target.shape if target.compact else None
     quantizer = PIBiNNWeightQuant.let(scaling_impl=scale, mask=target.structure, dense_shape=dense_shape)
     module.weight_quant = PIBiNNWeightQuantProxy(module, quantizer).train(module.training)
-    scale.register_load_state_dict_post_hook(_forgive_missing_scale)
 
 
 def _swap(root: nn.Module, target: Target) -> nn.Module:
@@ -279,8 +281,7 @@ def _swap(root: nn.Module, target: Target) -> nn.Module:
     return layer
 
 
-def _forgive_missing_scale(scale: nn.Module, incompatible_keys: Any) -> None:
+def _forgive_missing_scale(scale: Any, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
     """A float checkpoint holds no λ; Brevitas loads it under ``IGNORE_MISSING_KEYS``."""
     if config.IGNORE_MISSING_KEYS:
-        missing = incompatible_keys.missing_keys
-        missing[:] = [key for key in missing if not key.endswith("pibinn_scale.value")]
+        state_dict.setdefault(f"{prefix}value", scale.value)

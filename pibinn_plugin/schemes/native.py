@@ -8,11 +8,12 @@ from torch.nn.utils import parametrize
 
 from pibinn_plugin.errors import TargetError
 from pibinn_plugin.quantizer import GlobalScale, SignQuantizer
-from pibinn_plugin.targets import Target
+from pibinn_plugin.targets import Target, check_own_forward
 
 
-def check(target: Target) -> None:
+def check(root: nn.Module, target: Target) -> None:
     """Raise `TargetError` where a parametrization would not reach the forward, or where there is one already."""
+    check_own_forward(target)
     if isinstance(target.module, nn.RNNBase):
         # The forward of recurrent layers reads _flat_weights, a list made once: it would go on with the latents.
         raise TargetError(f"{target}: recurrent layers bypass parametrizations; use linear layers in a loop")

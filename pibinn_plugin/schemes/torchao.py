@@ -16,6 +16,7 @@ swap unties shared modules and makes optimizers stale.
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,7 @@ from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale, SignQuantizer, initial_scale
 from pibinn_plugin.schemes.quiet_import import quiet_import
 from pibinn_plugin.structure import Dense, Structure
-from pibinn_plugin.targets import Target
+from pibinn_plugin.targets import Target, check_own_forward, check_readers
 from pibinn_plugin.workflow import quantized_weights, register_scale
 
 with quiet_import():
@@ -111,10 +112,10 @@ class PIBiNNFakeQuantizedLinear(FakeQuantizedLinear):
     @override
     def to_linear(self) -> nn.Linear:
         """Become a plain linear layer with the weight ``λ · sign(V) ⊙ M``, in place: also the root of a model can."""
-        quantizer = self.weight_fake_quantizer
-        weight = quantizer(self.weight).detach()
+        quantizer, latent = self.weight_fake_quantizer, self.get_parameter("weight")
+        weight = quantizer(latent).detach()
         del self.weight_fake_quantizer, self.activation_fake_quantizer
-        self.__class__ = nn.Linear
+        self.__class__ = nn.Linear  # type: ignore[assignment]
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.pibinn_structure = quantizer.structure  # a weight-only config without a structure reads it
         return self
@@ -178,12 +179,14 @@ _FAKE_QUANTIZED: dict[type[nn.Module], Any] = {
 }
 
 
-def check(target: Target) -> None:
+def check(root: nn.Module, target: Target) -> None:
     """Raise `TargetError` unless the target is the weight of a layer that this scheme knows, exactly."""
     # Exactly: a subclass may read its weight elsewhere than in the forward we would replace (attention does).
     if target.parameter_name != "weight" or type(target.module) not in _FAKE_QUANTIZED:
         known = ", ".join(layer.__name__ for layer in _FAKE_QUANTIZED)
         raise TargetError(f'{target}: torchao quantizes the weight of {known}; use scheme="native" for anything else')
+    check_own_forward(target)
+    check_readers(root, target)
 
 
 def attach(root: nn.Module, target: Target, scale: GlobalScale) -> None:
@@ -196,12 +199,12 @@ def attach(root: nn.Module, target: Target, scale: GlobalScale) -> None:
 
 
 @register_quantize_module_handler(PIBiNNQATConfig)
-def _prepare(module: nn.Module, config: PIBiNNQATConfig) -> nn.Module:
+def _prepare(module: Any, config: PIBiNNQATConfig) -> nn.Module:
     if isinstance(getattr(module, "weight_fake_quantizer", None), SignQuantizer):
         return module
     root = _root_of_quantize_call(module)
     target = _target(module, config.structure)
-    check(target)
+    check(root, target)
     scale = next((child for child in root.modules() if isinstance(child, GlobalScale)), None)
     if scale is None:
         scale = GlobalScale(1.0, module.weight.device, module.weight.dtype)
@@ -221,7 +224,8 @@ def _target(module: nn.Module, structure: Structure | None) -> Target:
         return Target("", module, "weight", module.structure, module.dense_shape, True)
     if not isinstance(getattr(module, "weight", None), nn.Parameter):
         raise TargetError(f"a {type(module).__name__} has no parameter 'weight' to quantize")
-    target = Target("", module, "weight", structure or Dense(), tuple(module.weight.shape), False)
+    shape = tuple(module.get_parameter("weight").shape)
+    target = Target("", module, "weight", structure or Dense(), shape, False)
     target.structure.check(target.shape)
     return target
 
@@ -244,6 +248,11 @@ def _root_of_quantize_call(module: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------- packing
 
 
+@lru_cache(maxsize=1024)
+def _structure(text: str) -> Structure:
+    return Structure.from_json(text)
+
+
 class PIBiNNTensor(TorchAOBaseTensor):
     """A packed weight as a tensor: ``λ · S ⊙ M`` with one bit for each structural nonzero.
 
@@ -253,9 +262,6 @@ class PIBiNNTensor(TorchAOBaseTensor):
         structure: where the structural nonzeros are, as the JSON text of a `Structure`.
         dense_shape: the shape that the tensor has.
         dtype: the dtype that the tensor has.
-
-    Raises:
-        StructureError: the structure does not fit the shape or the bits.
     """
 
     tensor_data_names: ClassVar[list[str]] = ["bits", "scale"]
@@ -266,16 +272,17 @@ class PIBiNNTensor(TorchAOBaseTensor):
     def __new__(
         cls: type, bits: Tensor, scale: Tensor, structure: str, dense_shape: list[int], dtype: torch.dtype
     ) -> PIBiNNTensor:
-        return torch.Tensor._make_wrapper_subclass(cls, dense_shape, dtype=dtype, device=bits.device)  # type: ignore[attr-defined]
+        return torch.Tensor._make_wrapper_subclass(cls, dense_shape, dtype=dtype, device=bits.device)
 
     def __init__(self, bits: Tensor, scale: Tensor, structure: str, dense_shape: list[int], dtype: torch.dtype) -> None:
         super().__init__()
         self.bits, self.scale, self.structure, self.dense_shape = bits, scale, structure, list(dense_shape)
+        _structure(structure)  # now: compiled code has no real tensors to read a mask into
 
     @property
     def packed_signs(self) -> PackedSigns:
-        """The signs, as every scheme stores them."""
-        return PackedSigns(self.bits, Structure.from_json(self.structure), tuple(self.dense_shape))
+        """The signs, as every scheme stores them. Raises `StructureError` where bits, structure and shape disagree."""
+        return PackedSigns(self.bits, _structure(self.structure), tuple(self.dense_shape))
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight ``λ · S ⊙ M``, in this tensor's dtype or another."""
@@ -290,7 +297,7 @@ torch.serialization.add_safe_globals([PIBiNNTensor])
 def _linear(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     input, weight = args[0], args[1]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    structure = Structure.from_json(weight.structure)
+    structure = _structure(weight.structure)
     return packed_linear(input, weight.bits, weight.scale, structure, tuple(weight.dense_shape), bias)
 
 
@@ -326,8 +333,8 @@ class PIBiNNWeightOnlyConfig(_StructureConfig):
 
 
 @register_quantize_module_handler(PIBiNNWeightOnlyConfig)
-def _pack(module: nn.Module, config: PIBiNNWeightOnlyConfig) -> nn.Module:
-    if hasattr(module.weight, "packed_signs"):
+def _pack(module: Any, config: PIBiNNWeightOnlyConfig) -> nn.Module:
+    if hasattr(getattr(module, "weight", None), "packed_signs"):
         return module
     if isinstance(module, CompactLinear) or isinstance(getattr(module, "weight_fake_quantizer", None), SignQuantizer):
         raise PIBiNNError(f'a {type(module).__name__} is packed by pb.convert, or by QATConfig(..., step="convert")')
@@ -339,32 +346,32 @@ def _pack(module: nn.Module, config: PIBiNNWeightOnlyConfig) -> nn.Module:
     target = _target(module, config.structure or trained_structure)
     weight = module.weight.detach()
     packed = PackedSigns.pack(weight, target.structure, target.shape)
-    magnitudes = target.structure.to_compact(weight).abs()
-    scale = _shared_scale(_root_of_quantize_call(module), magnitudes)
+    magnitudes, is_trained = target.structure.to_compact(weight).abs(), trained_structure is not None
+    scale = _shared_scale(_root_of_quantize_call(module), magnitudes, is_trained)
+    module.pibinn_is_post_training = not is_trained
     tensor = PIBiNNTensor(packed.bits, scale, target.structure.to_json(), list(target.shape), weight.dtype)
     module.weight = nn.Parameter(tensor, requires_grad=False)
     return module
 
 
-def _shared_scale(root: nn.Module, magnitudes: Tensor) -> Tensor:
-    """λ, one tensor for all packed weights of the model: the running mean of the magnitudes of their latents."""
+def _shared_scale(root: nn.Module, magnitudes: Tensor, is_trained: bool) -> Tensor:
+    """λ of all packed weights of the model: that of training, or the running mean of the magnitudes of the latents."""
     mean = initial_scale([magnitudes])
-    is_trained = bool((magnitudes == mean).all())
-    packed = [parameter for parameter in root.parameters() if isinstance(parameter, PIBiNNTensor)]
-    if not packed:
-        scale = magnitudes.new_full((1,), mean)
-        scale.is_trained = is_trained  # type: ignore[attr-defined]
-        return scale
-    scale = packed[0].scale
-    if getattr(scale, "is_trained", False) or is_trained:
+    modules: list[Any] = [m for m in root.modules() if isinstance(getattr(m, "weight", None), PIBiNNTensor)]
+    if not modules:
+        return magnitudes.new_full((1,), mean)
+    scale = modules[0].weight.scale
+    if is_trained or not all(getattr(module, "pibinn_is_post_training", False) for module in modules):
         if scale.item() != magnitudes.new_tensor(mean).item():
             raise ScaleError(
                 f"the model holds packed weights with λ = {scale.item():.6g}, this layer has λ = {mean:.6g}: a network "
                 f"has one; prepare and train its layers together"
             )
         return scale
-    count = sum(parameter.packed_signs.nnz for parameter in packed)
-    scale += (mean - scale) * (magnitudes.numel() / (count + magnitudes.numel()))
+    count = sum(module.weight.packed_signs.nnz for module in modules)
+    new = scale + (mean - scale) * (magnitudes.numel() / (count + magnitudes.numel()))
+    for module in modules:  # each: after a deepcopy they are no longer one tensor
+        module.weight.scale.copy_(new)
     return scale
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pibinn_plugin.errors import StructureError
-from pibinn_plugin.structure.base import Shape, Structure, matrix_shape, refuse_leftover
+from pibinn_plugin.structure.base import Shape, Structure, matrix_shape, refuse_leftover, whole_number
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Banded(Structure):
     upper: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lower", whole_number(self.lower))
+        object.__setattr__(self, "upper", whole_number(self.upper))
         if self.lower < 0 or self.upper < 0:
             raise StructureError(f"bandwidths count diagonals and cannot be negative; got {self}")
 
@@ -56,12 +58,18 @@ class Banded(Structure):
     @override
     def positions(self, shape: Shape) -> Tensor:
         columns = shape[1]
-        spans = [row * columns + column + torch.arange(n) * (columns + 1) for row, column, n in self._diagonals(shape)]
+        spans = [
+            row * columns + column + torch.arange(n, device="cpu") * (columns + 1)
+            for row, column, n in self._diagonals(shape)
+        ]
         return torch.cat(spans)
 
     @override
     def compact_shape(self, shape: Shape) -> tuple[int, ...]:
-        return (sum(length for _, _, length in self._diagonals(shape)),)
+        rows, columns = matrix_shape(shape)
+        above = _corner(columns - 1 - self.upper, rows)
+        below = _corner(rows - 1 - self.lower, columns)
+        return (rows * columns - above - below,)
 
     @override
     def linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
@@ -83,3 +91,9 @@ class Banded(Structure):
     def _from_payload(cls, payload: bytes) -> Banded:
         refuse_leftover(payload, 8)
         return cls(*struct.unpack("<II", payload))
+
+
+def _corner(diagonals: int, longest: int) -> int:
+    """The elements of that many diagonals counted from a corner: ``1 + 2 + ...``, none longer than ``longest``."""
+    growing = min(diagonals, longest)
+    return growing * (growing + 1) // 2 + (diagonals - growing) * longest

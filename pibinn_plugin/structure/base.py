@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -147,8 +148,8 @@ class Structure(ABC):
         """
         try:
             fields = json.loads(text)
-            return Structure._kinds[fields.pop("kind")]._from_json_fields(fields)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            return Structure._kinds[str(fields.pop("kind"))]._from_json_fields(fields)
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError, struct.error) as error:
             raise StructureError(
                 f"{text[:80]!r} is not the JSON of a structure ({error!r}); expected "
                 f'{{"kind": one of {[kind for kind in Structure._kinds if isinstance(kind, str)]}, ...}}'
@@ -157,6 +158,26 @@ class Structure(ABC):
     @classmethod
     def _from_json_fields(cls, fields: dict[str, Any]) -> Structure:
         return cls(**fields)
+
+
+def constant(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor that was made outside, for use in operations that may be traced with fake tensors.
+
+    It is lifted into the trace as ``torch.tensor`` lifts a list of numbers.
+    """
+    return torch.ops.aten.lift_fresh.default(tensor).to(device)
+
+
+def whole_number(value: Any) -> int:
+    """The value as an int.
+
+    Raises:
+        StructureError: it is not a whole number.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise StructureError(f"expected a whole number; got {value!r}") from None
 
 
 def refuse_leftover(payload: bytes, expected: int) -> None:

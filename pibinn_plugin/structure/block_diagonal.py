@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pibinn_plugin.errors import StructureError
-from pibinn_plugin.structure.base import Shape, Structure, matrix_shape, refuse_leftover
+from pibinn_plugin.structure.base import Shape, Structure, constant, matrix_shape, refuse_leftover, whole_number
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,11 @@ class BlockDiagonal(Structure):
     column_order: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", whole_number(self.blocks))
         for name in ("rows", "columns", "row_order", "column_order"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(int(item) for item in value))
+                object.__setattr__(self, name, tuple(map(whole_number, value)))
         if (self.rows is None) != (self.columns is None) or (self.row_order is None) != (self.column_order is None):
             raise StructureError(f"give rows and columns, and row_order and column_order, together; got {self}")
         if self.rows is not None and self.columns is not None:
@@ -63,16 +64,26 @@ class BlockDiagonal(Structure):
         for order in (self.row_order, self.column_order):
             if order is not None and sorted(order) != list(range(len(order))):
                 raise StructureError(f"an order must hold each of 0..{len(order) - 1} once; got {order[:8]}...")
+        self._keep_indices()
 
     def _take_uneven_blocks(self, rows: tuple[int, ...], columns: tuple[int, ...]) -> None:
-        if len(rows) != len(columns) or min((*rows, *columns), default=-1) < 0 or sum(rows) * sum(columns) == 0:
+        if len(rows) != len(columns) or min((*rows, *columns), default=-1) < 0:
             raise StructureError(f"expected as many rows as columns, none negative; got rows={rows}, columns={columns}")
+        if sum(r * c for r, c in zip(rows, columns, strict=True)) == 0:
+            raise StructureError(f"blocks of rows={rows} and columns={columns} leave no weight")
         if self.blocks not in (None, len(rows)):
             raise StructureError(f"blocks={self.blocks}, but rows and columns describe {len(rows)} blocks")
         object.__setattr__(self, "blocks", len(rows))
         if len(set(rows)) == len(set(columns)) == 1:  # one way to say one thing: equal blocks are equal
             object.__setattr__(self, "rows", None)
             object.__setattr__(self, "columns", None)
+
+    def _keep_indices(self) -> None:
+        # Here and not at first use, which may be under export (a fake tensor) or in inference mode (no gradients).
+        if self.row_order is not None and self.column_order is not None:
+            with torch.inference_mode(False):
+                object.__setattr__(self, "_column_index", torch.tensor(self.column_order, device="cpu"))
+                object.__setattr__(self, "_row_index", torch.tensor(self.row_order, device="cpu").argsort())
 
     @property
     def _count(self) -> int:
@@ -108,26 +119,28 @@ class BlockDiagonal(Structure):
     @override
     def positions(self, shape: Shape) -> Tensor:
         rows, columns = matrix_shape(shape)
-        row_of = torch.arange(rows) if self.row_order is None else torch.tensor(self.row_order)
-        column_of = torch.arange(columns) if self.column_order is None else torch.tensor(self.column_order)
+        row_of, column_of = (
+            torch.arange(size, device="cpu") if order is None else torch.tensor(order, device="cpu")
+            for order, size in ((self.row_order, rows), (self.column_order, columns))
+        )
         block_rows, block_columns = self.sizes(shape)
         pairs = zip(row_of.split(list(block_rows)), column_of.split(list(block_columns)), strict=True)
         return torch.cat([(r[:, None] * columns + c).flatten() for r, c in pairs])
 
     @override
     def compact_shape(self, shape: Shape) -> tuple[int, ...]:
-        block_rows, block_columns = self.sizes(shape)
-        if self.rows is None:
-            return self._count, block_rows[0], block_columns[0]
-        return (sum(r * c for r, c in zip(block_rows, block_columns, strict=True)),)
+        if self.rows is None or self.columns is None:
+            rows, columns = matrix_shape(shape)
+            return self._count, rows // self._count, columns // self._count
+        return (sum(r * c for r, c in zip(self.rows, self.columns, strict=True)),)
 
     @override
     def linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
         if self.column_order is not None:
-            input = input.index_select(-1, self._column_index.to(input.device))
+            input = input.index_select(-1, constant(self._column_index, input.device))  # type: ignore[attr-defined]
         output = self._ordered_linear(input, compact, shape)
         if self.row_order is not None:
-            output = output.index_select(-1, self._inverse_row_index.to(input.device))
+            output = output.index_select(-1, constant(self._row_index, input.device))  # type: ignore[attr-defined]
         return output
 
     def _ordered_linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
@@ -139,14 +152,6 @@ class BlockDiagonal(Structure):
         flat_blocks = compact.split([r * c for r, c in zip(block_rows, block_columns, strict=True)])
         parts = zip(input.split(list(block_columns), -1), flat_blocks, block_rows, block_columns, strict=True)
         return torch.cat([F.linear(part, block.reshape(r, c)) for part, block, r, c in parts], -1)
-
-    @cached_property
-    def _column_index(self) -> Tensor:
-        return torch.tensor(self.column_order)
-
-    @cached_property
-    def _inverse_row_index(self) -> Tensor:
-        return torch.tensor(self.row_order).argsort()
 
     @override
     def transposed(self) -> BlockDiagonal:

@@ -23,9 +23,16 @@ class StructureInStateDict:
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse a state dict that was made for another structure."""
+        if is_placeholder(state):
+            return
         stored = Structure.from_bytes(bytes(state.tolist()))
         if stored != self.structure:
             raise StructureError(
                 f"the state dict holds a weight with {stored}, this model one of shape {self.shape} with "
                 f"{self.structure}; prepare the model with the structures it was trained with"
             )
+
+
+def is_placeholder(state: object) -> bool:
+    """Whether this is what torch's ``set_model_state_dict(broadcast_from_rank0=True)`` gives for an extra state."""
+    return type(state).__name__ == "_EXTRA_STATE"

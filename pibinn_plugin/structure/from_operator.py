@@ -52,7 +52,7 @@ def _support(operator: Any, columns: int | None, tolerance: float) -> tuple[int,
             raise StructureError(f"expected a matrix; got a tensor of shape {tuple(operator.shape)}")
         coordinates = operator.detach().cpu().to_sparse_coo().coalesce()
         (rows, n), (row_index, column_index) = operator.shape, coordinates.indices()
-        values = coordinates.values()
+        values = coordinates.values() if operator.dtype != torch.bool else coordinates.values().int()
     elif callable(getattr(operator, "A", None)):
         rows, n, row_index, column_index, values = _probe(operator, columns)
     else:

@@ -40,6 +40,12 @@ def encoding_of(data: bytes) -> str:
     return "csr" if height * width == 1 else "bsr"
 
 
+def tile_of(data: bytes) -> tuple[int, int]:
+    """Height and width of the tiles of sparse rows; ``(1, 1)`` for CSR and bitmaps."""
+    _, height, width = struct.unpack_from(_HEADER, data)
+    return height, width
+
+
 def decode(data: bytes, rows: int, columns: int) -> Tensor:
     """Invert `encode`: boolean, shape ``(rows, columns)``.
 
@@ -50,7 +56,7 @@ def decode(data: bytes, rows: int, columns: int) -> Tensor:
     body = data[_HEADER_SIZE:]
     if encoding == _BITMAP:
         _check_size(body, -(-rows * columns // 8))
-        return unpack_bits(_bytes_to_tensor(body, 1), rows * columns).reshape(rows, columns)
+        return unpack_bits(_bytes_to_tensor(body, 1).to(torch.uint8), rows * columns).reshape(rows, columns)
     if encoding != _SPARSE_ROWS or height < 1 or width < 1 or rows % height or columns % width:
         raise ValueError(f"encoding {encoding} with tiles of {height} x {width} in a {rows} x {columns} matrix")
     tiles = _decode_sparse_rows(body, rows // height, columns // width)
@@ -109,8 +115,6 @@ def _bytes_to_tensor(data: bytes, width: int) -> Tensor:
     if not data:
         return torch.zeros(0, dtype=torch.int64)
     octets = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    if width == 1:
-        return octets
     return (octets.reshape(-1, width).long() << (8 * torch.arange(width))).sum(1)
 
 

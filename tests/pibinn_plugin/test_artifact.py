@@ -1,0 +1,390 @@
+"""Packed files: what is saved is what is loaded, and a bad file is an error that leaves the model alone."""
+
+import copy
+import json
+import struct
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pibinn_plugin import (
+    ArtifactError,
+    PIBiNNError,
+    ScaleError,
+    artifact,
+    convert,
+    global_scale,
+    load,
+    prepare,
+    save,
+    summary,
+)
+from pibinn_plugin.nn import BlockDiagonalLinear
+from pibinn_plugin.structure import Banded, BlockDiagonal, Mask
+
+SCHEMES = ("native", "torchao", "brevitas")
+TARGETS = {
+    "solver.layers.*.weight": BlockDiagonal(2),
+    "solver.compact.weight": None,
+    "last.weight": Mask([[1, 0, 0, 1, 1, 1, 0, 1]] * 4),
+}
+
+
+class Network(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.solver = nn.Module()
+        self.solver.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.solver.compact = BlockDiagonalLinear(8, 8, 4, bias=False)
+        self.norm = nn.BatchNorm1d(8)
+        self.last = nn.Linear(8, 4)
+        self.register_buffer("gain", torch.rand(3))
+
+    def forward(self, x):
+        for layer in self.solver.layers:
+            x = torch.tanh(layer(x)) * self.gain[0]
+        return self.last(self.norm(self.solver.compact(x)))
+
+
+def trained(scheme="native", seed=0):
+    model = prepare(Network(seed), TARGETS, scheme)
+    model(torch.randn(16, 8))  # statistics of the batch norm
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def packed():
+    return convert(trained())
+
+
+@pytest.fixture
+def path(packed, tmp_path):
+    return save(packed, tmp_path / "net.safetensors")
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
+
+
+def weight_bits(model):
+    return {name: packed.bits for name, packed in artifact.packed_signs_of(model)}
+
+
+INTO = {
+    "float": lambda: Network(1),
+    "meta": lambda: meta_network(),
+    **{f"prepared {scheme}": lambda scheme=scheme: prepare(Network(1), TARGETS, scheme) for scheme in SCHEMES},
+    "prepared meta": lambda: prepare(meta_network(), TARGETS),
+}
+
+
+def meta_network():
+    with torch.device("meta"):
+        return Network()
+
+
+@pytest.mark.parametrize("into", INTO)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_loaded_model_is_the_saved_one(scheme, into, tmp_path, batch):
+    original = convert(trained(scheme))
+    save(original, tmp_path / "net.safetensors")
+    model = INTO[into]()
+    loaded = load(tmp_path / "net.safetensors", into=model)
+    assert loaded is model
+    loaded.eval()
+    assert weight_bits(loaded).keys() == weight_bits(original).keys()
+    assert all(torch.equal(bits, weight_bits(original)[name]) for name, bits in weight_bits(loaded).items())
+    assert torch.equal(loaded(batch), original(batch))
+    assert torch.equal(global_scale(loaded).value, global_scale(original).value)
+    again = save(loaded, tmp_path / "again.safetensors")
+    assert again.read_bytes() == (tmp_path / "net.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("into", [lambda: nn.Linear(8, 4), lambda: prepare(nn.Linear(8, 4), {"weight": None})])
+def test_bare_root_layer(into, tmp_path, batch):
+    packed = convert(prepare(nn.Linear(8, 4), {"weight": None}))
+    loaded = load(save(packed, tmp_path / "net.safetensors"), into=into())
+    torch.testing.assert_close(loaded(batch), packed(batch))
+    assert torch.equal(loaded.weight, packed.weight)
+
+
+def test_raw_parameters(tmp_path):
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps = nn.ParameterList(torch.randn(4, 4) for _ in range(2))
+
+    packed = convert(prepare(Raw(), {"steps.*": BlockDiagonal(2)}))
+    loaded = load(save(packed, tmp_path / "net.safetensors"), into=Raw())
+    assert all(torch.equal(one, other) for one, other in zip(loaded.steps, packed.steps, strict=True))
+
+
+def test_tied_float_parameters_stay_tied(tmp_path):
+    def tied():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        model[2].weight = model[1].weight
+        return model
+
+    packed = convert(prepare(tied(), {"0.weight": None}))
+    path = save(packed, tmp_path / "net.safetensors")
+    with torch.device("meta"):
+        on_meta = tied()
+    for into in (tied(), on_meta):
+        loaded = load(path, into=into)
+        assert loaded[1].weight is loaded[2].weight
+        assert loaded[1].weight.requires_grad
+        assert torch.equal(loaded[1].weight, packed[1].weight)
+    untied = convert(prepare(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), {"0.weight": None}))
+    assert_refused(save(untied, path), tied(), r"2\.weight.*one tensor in the model", size=4)
+
+
+def test_trap_model_packed_by_torchao_is_saved_as_plain_tensors(tmp_path, batch):
+    """torchao's own support is a prototype with allow-lists, and ``save_file`` of a tensor subclass fails."""
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import QATConfig
+
+    from pibinn_plugin.schemes.torchao import PIBiNNWeightOnlyConfig
+
+    model = prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), {"*.weight": BlockDiagonal(2)}, "torchao")
+    by_workflow = save(convert(model), tmp_path / "workflow.safetensors")
+    quantize_(model, QATConfig(PIBiNNWeightOnlyConfig(), step="convert"))
+    by_torchao = save(model, tmp_path / "torchao.safetensors")
+    assert by_torchao.read_bytes() == by_workflow.read_bytes()
+    loaded = load(by_torchao, into=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))
+    torch.testing.assert_close(loaded(batch), model(batch))
+
+
+def test_two_scales_of_torchao_tensors_are_refused(tmp_path):
+    from torchao.quantization import quantize_
+
+    from pibinn_plugin.schemes.torchao import PIBiNNWeightOnlyConfig
+
+    layers = [nn.Linear(8, 8), nn.Linear(8, 4)]
+    for layer in layers:
+        quantize_(layer, PIBiNNWeightOnlyConfig())
+    with pytest.raises(ScaleError, match="2 scales"):
+        save(nn.Sequential(*layers), tmp_path / "net.safetensors")
+
+
+def test_stock_safetensors_reads_the_file(packed, path):
+    with safetensors.safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["pibinn"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert header["version"] == 1
+    assert [name for name, _, _ in header["layers"]] == list(weight_bits(packed))
+    assert all(torch.equal(tensors[name], bits) for name, bits in weight_bits(packed).items())
+    assert torch.equal(tensors["pibinn.scale"], global_scale(packed)().detach())
+    assert torch.equal(tensors["gain"], packed.gain)
+    assert torch.equal(safetensors.torch.load_file(path)["norm.running_mean"], packed.norm.running_mean)
+
+
+def test_file_without_its_header_is_the_sum_of_the_summary(packed, path):
+    (header_bytes,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert path.stat().st_size - 8 - header_bytes == summary(packed).total_bytes
+    assert summary(packed).total_bytes == summary(trained()).total_bytes  # the promise before packing
+
+
+def test_header_takes_at_most_256_bytes_a_layer(tmp_path):
+    targets = {"solver.layers.*.linear.weight": BlockDiagonal(16)}
+    model = nn.Module()
+    model.solver = nn.Module()
+    model.solver.layers = nn.ModuleList(nn.ModuleDict({"linear": nn.Linear(64, 64, bias=False)}) for _ in range(30))
+    path = save(convert(prepare(model, targets)), tmp_path / "net.safetensors")
+    (header_bytes,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert header_bytes <= 256 * 30
+
+
+def state_of(model):
+    """Everything that loading could have touched: tensors, types, identities."""
+    return (
+        [(name, type(module), id(module)) for name, module in model.named_modules()],
+        {key: (id(value), value.clone()) for key, value in model.state_dict(keep_vars=True).items()
+         if isinstance(value, torch.Tensor)},
+    )  # fmt: skip
+
+
+def assert_refused(path, into, words, size=8):
+    before, input = state_of(into), torch.ones(2, size)
+    into.eval()
+    output = into(input)
+    with pytest.raises(ArtifactError, match=words):
+        load(path, into)
+    after = state_of(into)
+    assert after[0] == before[0]
+    assert after[1].keys() == before[1].keys()
+    for key, (identity, value) in before[1].items():
+        if "_extra_state" not in key:
+            assert after[1][key][0] == identity
+        assert torch.equal(after[1][key][1], value)
+    assert torch.equal(into(input), output)
+
+
+def rewritten(path, change):
+    """The file with its tensors and JSON metadata changed."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    header = json.loads(metadata["pibinn"])
+    change(tensors, header)
+    safetensors.torch.save_file(tensors, path, {"pibinn": json.dumps(header)})
+    return path
+
+
+BAD = {
+    "nan scale": (lambda t, h: t.update({"pibinn.scale": torch.tensor([float("nan")])}), "scale is nan"),
+    "zero scale": (lambda t, h: t.update({"pibinn.scale": torch.tensor([0.0])}), "scale is 0"),
+    "negative scale": (lambda t, h: t.update({"pibinn.scale": torch.tensor([-1.0])}), "positive"),
+    "infinite scale": (lambda t, h: t.update({"pibinn.scale": torch.tensor([float("inf")])}), "finite"),
+    "double scale": (lambda t, h: t.update({"pibinn.scale": torch.ones(1).double()}), "one float32"),
+    "two scales": (lambda t, h: t.update({"pibinn.scale": torch.ones(2)}), "one float32"),
+    "no scale": (lambda t, h: t.pop("pibinn.scale"), "pibinn.scale"),
+    "no structures": (lambda t, h: t.pop("pibinn.structures"), "pibinn.structures"),
+    "version 2": (lambda t, h: h.update(version=2), "version 2"),
+    "no version": (lambda t, h: h.pop("version"), "version"),
+    "no layers": (lambda t, h: h.update(layers=[]), "no layer"),
+    "layer twice": (lambda t, h: h.update(layers=h["layers"] + h["layers"][:1]), "twice"),
+    "layers of another form": (lambda t, h: h.update(layers={"last.weight": 3}), "malformed"),
+    "negative size": (lambda t, h: h["layers"][0].__setitem__(1, [-8, -8]), "malformed"),
+    "fractional size": (lambda t, h: h["layers"][0].__setitem__(1, [8.0, 8]), "malformed"),
+    "huge size": (lambda t, h: h["layers"][0].__setitem__(1, [2**38, 2**38]), "solver.layers.0.weight"),
+    "missing weight": (lambda t, h: t.pop("last.weight"), "'last.weight' is missing"),
+    "short weight": (lambda t, h: t.update({"last.weight": t["last.weight"][:-1]}), "last.weight"),
+    "float weight": (lambda t, h: t.update({"last.weight": t["last.weight"].float()}), "last.weight"),
+    "other shape": (lambda t, h: h["layers"][0].__setitem__(1, [4, 16]), "solver.layers.0.weight"),
+    "other structure": (lambda t, h: t["pibinn.structures"].__setitem__(2, 4), "solver.layers.0.weight"),
+    "no structure": (lambda t, h: t["pibinn.structures"].__setitem__(0, 99), "solver.layers.0.weight"),
+    "structure length": (lambda t, h: h["layers"][0].__setitem__(2, 7), "structures take"),
+    "missing float": (lambda t, h: t.pop("norm.running_var"), "norm.running_var"),
+    "unknown float": (lambda t, h: t.update(extra=torch.ones(1)), "extra"),
+    "float of another shape": (lambda t, h: t.update(gain=torch.ones(4)), "'gain' is torch.float32 of shape"),
+    "float of another dtype": (lambda t, h: t.update(gain=torch.ones(3).double()), "'gain' is torch.float64"),
+    "renamed layer": (
+        lambda t, h: (
+            h["layers"][0].__setitem__(0, "other.weight"),
+            t.update({"other.weight": t["last.weight"].clone()}),
+        ),
+        "other.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("into", ["float", "prepared native", "prepared brevitas"])
+@pytest.mark.parametrize("defect", BAD)
+def test_bad_file_is_refused_by_name_and_the_model_is_untouched(defect, into, path):
+    change, words = BAD[defect]
+    assert_refused(rewritten(path, change), INTO[into](), words)
+
+
+def test_file_without_our_metadata_or_no_file_at_all(tmp_path, path):
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "plain.safetensors")
+    assert_refused(tmp_path / "plain.safetensors", Network(), "not written by pibinn_plugin")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    assert_refused(tmp_path / "empty.safetensors", Network(), "not a readable")
+    (tmp_path / "pickle.pt").write_bytes(b"\x80\x04N.")
+    assert_refused(tmp_path / "pickle.pt", Network(), "not a readable")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nothing.safetensors", Network())
+
+
+def test_every_truncation_is_refused(path):
+    data = path.read_bytes()
+    for length in range(0, len(data), 37):
+        path.write_bytes(data[:length])
+        with pytest.raises(ArtifactError):
+            artifact.read(path)
+
+
+def test_file_of_another_model_is_refused(path):
+    assert_refused(path, nn.Sequential(nn.Linear(8, 8)), "does not belong")
+    other = {**TARGETS, "solver.layers.*.weight": BlockDiagonal(4)}
+    assert_refused(path, prepare(Network(), other), r"solver\.layers\.0\.weight.*blocks=2.*blocks=4")
+    fewer = {"last.weight": TARGETS["last.weight"]}
+    assert_refused(path, prepare(Network(), fewer), "prepared for")
+    assert_refused(path, convert(trained()), "does not belong|packed already")
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_mutated_bytes_give_an_artifact_error_or_a_valid_model(path, data):
+    """Nothing else: no crash, no other exception, no NaN weights."""
+    original = path.read_bytes()
+    (header_bytes,) = struct.unpack("<Q", original[:8])
+    mutated = bytearray(original)
+    region = data.draw(st.sampled_from([(0, 8), (8, 8 + header_bytes), (8 + header_bytes, len(original))]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        mutated[data.draw(st.integers(region[0], region[1] - 1))] = data.draw(st.integers(0, 255))
+    target = path.with_suffix(".mutated")
+    target.write_bytes(bytes(mutated))
+    model = Network()
+    try:
+        load(target, model)
+    except ArtifactError:
+        assert type(model.last) is nn.Linear
+        return
+    weights = [layer.weight for layer in (*model.solver.layers, model.last)]
+    scale = global_scale(model)().item()
+    assert 0 < scale < float("inf")
+    assert all(set(weight.abs().unique().tolist()) <= {0.0, scale} for weight in weights)
+
+
+@pytest.mark.parametrize("failing", ["save_file", "replace"])
+def test_failing_save_keeps_the_old_file(failing, path, packed, monkeypatch):
+    before = path.read_bytes()
+    changed = copy.deepcopy(packed)
+    global_scale(changed).set(9.0)
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    if failing == "save_file":
+        monkeypatch.setattr(artifact, "save_file", fail)
+    else:
+        monkeypatch.setattr(artifact.os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        save(changed, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing temporary is left
+    monkeypatch.undo()
+    save(changed, path)
+    assert path.read_bytes() != before
+
+
+def test_saved_file_has_ordinary_permissions(path):
+    other = path.with_suffix(".other")
+    other.write_bytes(b"")
+    assert path.stat().st_mode == other.stat().st_mode
+
+
+def test_what_is_not_packed_is_refused(tmp_path):
+    for model in (Network(), prepare(Network(), TARGETS)):
+        with pytest.raises(PIBiNNError, match="convert it first"):
+            save(model, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_scale_that_is_not_representable_is_refused(tmp_path):
+    """A λ below float32's range would be saved as 0, and the file could never be loaded."""
+    model = prepare(nn.Linear(4, 4).double(), {"weight": None})
+    global_scale(model).set(1e-60)
+    with pytest.raises(ScaleError, match="1e-60"):
+        save(convert(model), tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype, tmp_path, batch):
+    def make():
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).to(dtype)
+
+    model = prepare(make(), {"0.weight": BlockDiagonal(2), "1.weight": Banded(1, 1)})
+    global_scale(model).set(0.375)
+    packed = convert(model)
+    loaded = load(save(packed, tmp_path / "net.safetensors"), into=make())
+    assert loaded[0].weight.dtype == dtype
+    assert torch.equal(loaded(batch.to(dtype)), packed(batch.to(dtype)))
