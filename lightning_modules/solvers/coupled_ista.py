@@ -81,7 +81,7 @@ class CoupledISTA(nn.Module):
 
 
 def _float_layer(operator: PhysicsOperator, structure: Structure) -> nn.Module:
-    """A layer shaped like Aᵀ, compact where the structure is a rule: a mask is for the targets of quantization to name."""
+    """A layer shaped like Aᵀ, compact where the structure is a rule: a mask is for the targets to name."""
     rows, columns = operator.shape
     if isinstance(structure, BlockDiagonal):
         return BlockDiagonalLinear(rows, columns, structure, bias=False)
