@@ -67,6 +67,8 @@ class PackedNetwork:
 def save(model: nn.Module, path: str | Path) -> Path:
     """Write a packed model to one safetensors file; what was at the path before stays until the new file is complete.
 
+    λ is stored as float32: exact for models in float32, bfloat16 and float16, rounded for a model in float64.
+
     Args:
         model: what `convert` returned.
         path: of the file, conventionally ``*.safetensors``.
