@@ -13,6 +13,8 @@ import atheris
 
 with atheris.instrument_imports(include=["pibinn_plugin"]):
     import torch
+    from safetensors import safe_open
+    from safetensors.torch import load, save
     from torch import nn
 
     import pibinn_plugin as pb
@@ -41,16 +43,16 @@ def seed_file() -> bytes:
 
 
 SEED = seed_file()
+TENSORS = load(SEED)
+with safe_open(FOLDER / "seed.safetensors", "pt") as seed:
+    METADATA = seed.metadata()["pibinn"]
 MODEL = build()
 BEFORE = {name: value.clone() for name, value in MODEL.state_dict().items()}
 
 
-def mutated(data: bytes) -> bytes:
-    """Either the bytes as they are, or the valid file with pieces replaced, cut or inserted."""
-    provider = atheris.FuzzedDataProvider(data)
-    if provider.ConsumeBool():
-        return provider.ConsumeBytes(provider.remaining_bytes())
-    result = bytearray(SEED)
+def spliced(data: bytes, provider: atheris.FuzzedDataProvider) -> bytes:
+    """The bytes with pieces replaced, cut or inserted."""
+    result = bytearray(data)
     for _ in range(provider.ConsumeIntInRange(1, 6)):
         start = provider.ConsumeIntInRange(0, len(result))
         stop = min(len(result), start + provider.ConsumeIntInRange(0, 16))
@@ -58,10 +60,35 @@ def mutated(data: bytes) -> bytes:
     return bytes(result)
 
 
+def file_of(data: bytes) -> bytes:
+    """Any bytes, a valid file spliced, or a valid safetensors file with spliced contents."""
+    provider = atheris.FuzzedDataProvider(data)
+    choice = provider.ConsumeIntInRange(0, 5)
+    if choice == 0:
+        return provider.ConsumeBytes(provider.remaining_bytes())
+    if choice == 1:
+        return spliced(SEED, provider)
+    tensors, metadata = dict(TENSORS), METADATA
+    if choice in (2, 3):
+        metadata = spliced(METADATA.encode(), provider).decode(errors="replace")
+    if choice in (3, 4):
+        content = spliced(bytes(tensors["pibinn.structures"].tolist()), provider)
+        tensors["pibinn.structures"] = torch.tensor(list(content), dtype=torch.uint8)
+    if choice == 5:
+        name = provider.PickValueInList(sorted(tensors))
+        content = spliced(tensors[name].numpy().tobytes(), provider)
+        size = tensors[name].element_size()
+        flat = torch.frombuffer(
+            bytearray(content[: len(content) // size * size] or bytes(size)), dtype=tensors[name].dtype
+        )
+        tensors[name] = flat if provider.ConsumeBool() else flat[: tensors[name].numel()]
+    return save(tensors, metadata={"pibinn": metadata})
+
+
 def test_one_input(data: bytes) -> None:
     """One file: load it into a model of its own, or see the typed error and an untouched model."""
     path = FOLDER / "fuzzed.safetensors"
-    path.write_bytes(mutated(data))
+    path.write_bytes(file_of(data))
     global MODEL
     try:
         pb.load(path, into=MODEL)
