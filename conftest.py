@@ -1,10 +1,14 @@
 """Names that every docstring example may use."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Too heavy for every environment, and a module that cannot be imported stops the collection of examples.
+collect_ignore = [] if importlib.util.find_spec("executorch") else ["pibinn_plugin/export/executorch.py"]
 
 
 @pytest.fixture(autouse=True)

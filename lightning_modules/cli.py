@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's ``fit``, ``validate``, ``test`` and ``predict``, and ``convert`` and ``summary``.
+"""The command line: LightningCLI's ``fit``, ``validate``, ``test``, ``predict``; ``convert``, ``export``, ``summary``.
 
 ``python -m lightning_modules fit --config configs/eeg_eog.yaml``; any value of the YAML can be overridden by an option,
 ``--print_config`` shows the whole configuration, and ``fit --ckpt_path last`` resumes a run that was stopped.
@@ -54,7 +54,7 @@ class SolverCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        own = {"convert": {"model", "datamodule"}, "summary": {"model", "datamodule"}}
+        own = {verb: {"model", "datamodule"} for verb in ("convert", "export", "summary")}
         return {**LightningCLI.subcommands(), **own}
 
     @override

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 from typing_extensions import override
 
 import pibinn_plugin as pb
 from lightning_modules.modules import SolverModule
+from pibinn_plugin.export import FORMATS
+from pibinn_plugin.export.sizes import export_sizes
 
 __all__ = ["SolverTrainer"]
 
@@ -78,21 +81,41 @@ class SolverTrainer(pl.Trainer):
             output: The packed file; ``<default_root_dir>/solver.safetensors`` unless given.
             datamodule: Not read: LightningCLI hands it to every verb.
         """
-        self._prepare(model)
-        checkpoint = torch.load(str(self._checkpoint(ckpt_path)), map_location="cpu", weights_only=True)
-        model.load_state_dict(checkpoint["state_dict"])
-        packed = pb.convert(model.solver)
+        packed = self._packed_solver(model, ckpt_path)
         path = pb.save(packed, output or self.packed_file)
         print(pb.summary(packed))
         print(f"packed file: {path} ({path.stat().st_size:,} bytes)")
         return path
 
+    def export(
+        self,
+        model: SolverModule,
+        datamodule: pl.LightningDataModule,
+        format: Literal["onnx", "qonnx", "qcdq", "pt2", "aoti", "executorch"] = "onnx",
+        ckpt_path: str | Path = "last",
+        output: str | Path | None = None,
+    ) -> Path:
+        """Export the packed solver of a checkpoint to another runtime, checked on measurements of the test set.
+
+        Args:
+            model: The module that was trained.
+            datamodule: Its data.
+            format: Of the file.
+            ckpt_path: ``last``, or the path of a checkpoint.
+            output: The file; ``<default_root_dir>/solver.<format>`` unless given.
+        """
+        packed = self._packed_solver(model, ckpt_path)
+        path = Path(output or self._exported_file(format))
+        pb.export(packed, path, (_measurements(datamodule),), format)
+        print(f"{format} file: {path} ({path.stat().st_size:,} bytes)")
+        return path
+
     def summary(self, model: SolverModule, datamodule: pl.LightningDataModule | None = None) -> pb.Summary:
-        """Show where the bytes of the solver are, as it is packed.
+        """Show where the bytes of the solver are, as it is packed, and what its exported files take.
 
         Args:
             model: The module, trained or not.
-            datamodule: Not read: LightningCLI hands it to every verb.
+            datamodule: Its data; without, exported files are not compared with those of the float twin.
         """
         self._prepare(model)
         report = pb.summary(model.solver)
@@ -101,7 +124,24 @@ class SolverTrainer(pl.Trainer):
             size = self.packed_file.stat().st_size
             header = size - report.total_bytes
             print(f"packed file: {self.packed_file} ({size:,} bytes, of which {header:,} are its header)")
+        formats = [format for format in FORMATS if self._exported_file(format).is_file()]
+        if formats and datamodule is not None:
+            print("\nformat        bytes    float twin    float twin / this    this / stored")
+            for entry in export_sizes(model.solver, (_measurements(datamodule),), formats):
+                path = self.packed_file if entry.format == "packed" else self._exported_file(entry.format)
+                size = path.stat().st_size if path.is_file() else entry.bytes
+                ratios = f"{entry.float_bytes / size:>20.1f} {size / report.total_bytes:>16.3f}"
+                print(f"{entry.format:<10} {size:>8,} {entry.float_bytes:>13,} {ratios}")
         return report
+
+    def _exported_file(self, format: str) -> Path:
+        return Path(self.default_root_dir) / f"solver.{format}"
+
+    def _packed_solver(self, model: SolverModule, ckpt_path: str | Path) -> nn.Module:
+        self._prepare(model)
+        checkpoint = torch.load(str(self._checkpoint(ckpt_path)), map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["state_dict"])
+        return pb.convert(model.solver)
 
     def _prepare(self, model: SolverModule) -> None:
         callback = next((callback for callback in self.callbacks if isinstance(callback, pb.TwoStageQAT)), None)
@@ -115,3 +155,9 @@ class SolverTrainer(pl.Trainer):
         if path is not None and not Path(path).is_file():
             raise MisconfigurationException(f"there is no checkpoint {path}: run fit first, or give --ckpt_path")
         return path
+
+
+def _measurements(datamodule: pl.LightningDataModule) -> Tensor:
+    """A few measurements of the test set, shape (8, measurements)."""
+    datamodule.setup("test")
+    return next(iter(datamodule.test_dataloader()))[0][:8]

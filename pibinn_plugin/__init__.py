@@ -7,7 +7,8 @@ the inverse problem fixes (arXiv 2502.01908).
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pibinn_plugin.errors import ArtifactError, PIBiNNError, ScaleError, StructureError, TargetError
+from pibinn_plugin.errors import ArtifactError, ExportError, PIBiNNError, ScaleError, StructureError, TargetError
+from pibinn_plugin.export import export
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask, Structure, structure_from_operator
 from pibinn_plugin.summary import Summary, summary
 from pibinn_plugin.workflow import convert, freeze_signs, global_scale, prepare
@@ -24,6 +25,7 @@ __all__ = [
     "Banded",
     "BlockDiagonal",
     "Dense",
+    "ExportError",
     "Mask",
     "PIBiNNError",
     "ScaleError",
@@ -33,6 +35,7 @@ __all__ = [
     "TargetError",
     "TwoStageQAT",
     "convert",
+    "export",
     "freeze_signs",
     "global_scale",
     "load",

@@ -115,6 +115,8 @@ class GlobalScale(nn.Module):
     def extra_repr(self) -> str:
         if hasattr(self.value, "full_tensor"):
             return "sharded"  # its value is on another rank, or asking for it would need all ranks
+        if type(self.value) not in (nn.Parameter, Tensor):
+            return "traced"  # torch.export prints modules, and a fake tensor has no value
         return f"{self.value.item():.4g}" if self.value.device.type != "meta" else "meta"
 
 

@@ -16,6 +16,8 @@ alone: input, bias and output quantizers stay.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,6 +100,12 @@ class PIBiNNWeightQuantProxy(WeightQuantProxyFromInjector):
     Stock proxies rebuild it from the injector at every ``load_state_dict``. Injectors are classes, which deepcopy does
     not copy: a rebuild in a copied model would silently tie its λ to the original's.
     """
+
+    def __init__(self, quant_layer: nn.Module, quant_injector: Any) -> None:
+        super().__init__(quant_layer, quant_injector)
+        # Without our handlers Brevitas' exporters, which need onnx, fail halfway and leave the model in export mode.
+        if importlib.util.find_spec("onnx") is not None:
+            importlib.import_module("pibinn_plugin.schemes.brevitas_export").register()
 
     @override
     def init_tensor_quant(self, preserve_state_dict: bool = False) -> None:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import yaml
@@ -49,11 +50,15 @@ def test_fit_test_convert_summary(run, capsys):
     run("test")
     assert "test/NMSE" in capsys.readouterr().out
     run("convert")
+    run("export", "--format", "onnx")
+    session = onnxruntime.InferenceSession("run/solver.onnx")
+    assert session.run(None, {session.get_inputs()[0].name: torch.zeros(3, 16).numpy()})[0].shape == (3, 32)
     run("summary")
     printed = capsys.readouterr().out
     size = Path("run/solver.safetensors").stat().st_size
     assert f"{size:,} bytes" in printed
     assert printed.count("layers.2.weight") == 2  # once by convert, once by summary
+    assert f"onnx       {Path('run/solver.onnx').stat().st_size:>8,} " in printed
     loaded = pb.load("run/solver.safetensors", into=small_solver())
     scale = checkpoint["state_dict"]["pibinn_scale.value"].abs()
     assert torch.equal(loaded.layers[0].weight.abs(), scale.expand(2, 16, 8))
