@@ -1,0 +1,1 @@
+"""Guarantees and diagnostics of a trained network, each printed with the assumptions under which it holds."""

@@ -1,0 +1,275 @@
+"""Does a weight preserve the geometry of the physics operator? `compare_geometry` answers with a table.
+
+W is set against the operator A of the same shape, measurements by unknowns: ``(blocks, rows, columns)`` and block by
+block, or a matrix, which is one block. Weights shaped like Aᵀ, as a solver's are, are transposed by ``adjoint=True``.
+`weight_variants` makes the one-bit, ternary and float twins of a latent, `network_geometry` takes a model, and
+`estimate_geometry` needs products with W and A only, where the decompositions of the exact table are too large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from pibinn_plugin.analysis.tables import text_table
+from pibinn_plugin.analysis.variants import weight_variants
+from pibinn_plugin.errors import StructureError
+from pibinn_plugin.packing import packed_signs_of
+from pibinn_plugin.structure import BlockDiagonal, Shape, Structure, matrix_shape
+from pibinn_plugin.workflow import global_scale, quantized_weights
+
+LARGEST_CHUNK = 1 << 22  # elements of the Gram matrices that are held at one time
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """One weight W against A, block by block, in float64. What a block of zeros has not (a direction) is NaN.
+
+    Args:
+        alignment: ``⟨W, A⟩ / (‖W‖ ‖A‖)`` (Frobenius), shape ``(blocks,)``.
+        overall_alignment: the same of all blocks together.
+        singular_values: of W, descending, shape ``(blocks, min(rows, columns))``.
+        principal_angles: between the row spaces of W and A, radians, ascending, ``min(rank W, rank A)`` for each block
+            (Björck and Golub, 1973). All are 0 where the rows span the whole space.
+        coherence: largest ``|⟨w_i, w_j⟩| / (‖w_i‖ ‖w_j‖)`` of two columns of a block (Donoho and Huo, 2001), shape
+            ``(blocks,)``; columns of zeros are left out.
+        distortion: ``(β - α) / (β + α)``, shape ``(blocks,)``, with α and β the least and the largest squared singular
+            value of s sampled columns. No scale c gives c W a restricted-isometry constant δ_s (Candès and Tao, 2005)
+            below it, and the least δ_s of all scales is this fraction over all sets of s columns.
+    """
+
+    alignment: Tensor
+    overall_alignment: float
+    singular_values: Tensor
+    principal_angles: tuple[Tensor, ...]
+    coherence: Tensor
+    distortion: Tensor
+
+    @property
+    def spread(self) -> Tensor:
+        """Standard deviation of the singular values over their mean, shape ``(blocks,)``."""
+        return self.singular_values.std(-1, correction=0) / self.singular_values.mean(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class GeometryTable:
+    """The geometry of several weights by name, the operator's own first; ``print(table)`` shows each one's worst block.
+
+    ``shape`` is the operator's ``(blocks, rows, columns)``; δ_s is of ``samples`` sets of ``sparsity`` columns.
+    """
+
+    rows: Mapping[str, Geometry]
+    shape: tuple[int, int, int]
+    sparsity: int
+    samples: int
+    seed: int
+    title: str = "weight"
+
+    def __str__(self) -> str:
+        return self._render("Worst block", {name: _cells(row, slice(None)) for name, row in self.rows.items()})
+
+    def by_block(self) -> str:
+        """The table with a line for each block of each weight."""
+        parts = [(name, row, block) for name, row in self.rows.items() for block in range(self.shape[0])]
+        return self._render("Each block", {f"{name} [{b}]": _cells(row, slice(b, b + 1)) for name, row, b in parts})
+
+    def _render(self, which: str, lines: Mapping[str, Sequence[str]]) -> str:
+        _, rows, columns = self.shape
+        welch = math.sqrt((columns - rows) / (rows * (columns - 1))) if columns > rows else 0.0
+        header = ("alignment", "overall", "σ min", "σ max", "σ spread", "angle mean", "angle max", "coherence", "δ_s ≥")
+        return text_table([self.title, *header], [[name, *cells] for name, cells in lines.items()]) + (
+            _LEGEND + SAMPLING_LEGEND
+        ).format(**vars(self), which=which, welch=welch)
+
+
+_LEGEND = """\
+{which} of {shape} (blocks, rows, columns); worst is the least alignment and σ min, the largest of the rest.
+alignment: cosine of W and A; overall: of all blocks together. σ spread: standard deviation over mean of the singular
+values. angles: between the row spaces, in degrees. coherence: of two columns; no block of this size has less than
+{welch:.3f} (Welch bound). Only σ min and σ max see the scale of W. nan: a block of zeros.
+"""
+SAMPLING_LEGEND = """\
+δ_s: s = {sparsity}, {samples} sets of columns drawn uniformly (seed {seed}), W scaled as suits it best. Sampling gives
+a LOWER BOUND of the restricted-isometry constant: it can refute the property and never certify it.
+"""
+
+
+def _cells(row: Geometry, blocks: slice) -> list[str]:
+    degrees, values = [torch.rad2deg(angles) for angles in row.principal_angles[blocks]], row.singular_values[blocks]
+    mean, largest = (torch.stack([pick(angles) for angles in degrees]).max() for pick in (torch.mean, torch.max))
+    overall = torch.tensor(row.overall_alignment)
+    numbers = [row.alignment[blocks].min(), overall, values.min(), values.max(), row.spread[blocks].max()]
+    cells = [f"{number:.3f}" for number in (*numbers, row.coherence[blocks].max(), row.distortion[blocks].max())]
+    return [*cells[:5], f"{mean:.1f}", f"{largest:.1f}", *cells[5:]]
+
+
+def compare_geometry(
+    weights: Mapping[str, Tensor],
+    operator: Tensor,
+    adjoint: bool = False,
+    sparsity: int | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    title: str = "weight",
+) -> GeometryTable:
+    """The geometry of several weights against one operator, exact but for δ_s; all see the same sampled columns.
+
+    Args:
+        weights: name to W, each of the operator's shape, or with ``adjoint`` of that with rows and columns exchanged.
+        operator: A, shape ``(blocks, rows, columns)`` or ``(rows, columns)``.
+        adjoint: whether the weights are to be transposed.
+        sparsity: s of the restricted-isometry distortion; by default a tenth of the columns.
+        samples: sets of s columns to draw for it.
+        seed: of the draw.
+        title: heading of the first column.
+
+    Raises:
+        StructureError: a weight that does not fit, an entry that is not finite, an operator with a block of zeros.
+        ValueError: a sparsity outside ``1 ... columns``, or no sample.
+
+    Example:
+        >>> operator = torch.randn(8, 32, 64)
+        >>> rows = compare_geometry(weight_variants(operator), operator, samples=100).rows
+        >>> f"{rows['float'].overall_alignment:.1f} {rows['one-bit global'].overall_alignment:.1f}"  # 1, sqrt(2/π)
+        '1.0 0.8'
+    """
+    A = _blocks("the operator", operator)
+    if (A == 0).all(-1).all(-1).any():
+        raise StructureError(f"the operator of shape {tuple(operator.shape)} has a block of zeros; leave it out")
+    blocks, measurements, columns = A.shape
+    sparsity = max(1, columns // 10) if sparsity is None else sparsity
+    supports, basis = sampled_supports(columns, sparsity, samples, seed), _row_spaces(A)
+    fitting = {name: _fitting_blocks(name, weight, A, adjoint) for name, weight in weights.items()}
+    rows = {name: _geometry(W, A, basis, supports) for name, W in {"(operator)": A, **fitting}.items()}
+    return GeometryTable(rows, (blocks, measurements, columns), sparsity, samples, seed, title)
+
+
+def network_geometry(
+    model: nn.Module, operators: Mapping[str, Tensor], adjoint: bool = False, **options: int
+) -> dict[str, GeometryTable]:
+    """`compare_geometry` by weight name: the variants of a prepared model's latents, a packed model's one-bit weights.
+
+    Args:
+        model: prepared or packed.
+        operators: pattern of weight names to A. Blocks ``(blocks, rows, columns)`` ask for weights with as many equal
+            diagonal blocks, in the weight's own order; with a matrix ``(rows, columns)``, any weight is one block.
+        adjoint: whether the weights are shaped like Aᵀ.
+        options: ``sparsity``, ``samples``, ``seed`` of `compare_geometry`.
+
+    Raises:
+        StructureError: a pattern that matches no one-bit weight, or an operator that does not fit one.
+        ScaleError: the model has no or several λ.
+
+    Example:
+        >>> from pibinn_plugin import BlockDiagonal, prepare
+        >>> model = prepare(nn.Sequential(nn.Linear(64, 128)), {"0.weight": BlockDiagonal(2)})
+        >>> list(network_geometry(model, {"*.weight": torch.randn(2, 32, 64)}, adjoint=True, samples=9))
+        ['0.weight']
+    """
+    scale = global_scale(model)().item()
+    packed = {name: (signs.signs(), signs.structure, signs.shape) for name, signs in packed_signs_of(model)}
+    latents = {w.name: (w.quantizer.structural(w.latent), w.quantizer) for w in quantized_weights(model)}
+    weights = packed | {name: (values, q.structure, q.shape) for name, (values, q) in latents.items()}
+    tables: dict[str, GeometryTable] = {}
+    for pattern, operator in operators.items():
+        names = [name for name in weights if fnmatchcase(name, pattern)]
+        if not names:
+            raise StructureError(f"{pattern!r} matches no one-bit weight of {', '.join(weights)}")
+        for name in names:
+            latent, mask = _arranged(name, *weights[name], operator.dim() == 3)
+            variants = weight_variants(latent, scale, mask)
+            if name in packed:  # its latents are gone
+                variants = {"one-bit global": variants["one-bit global"]}
+            tables[name] = compare_geometry(variants, operator, adjoint, title=name, **options)
+    return tables
+
+
+def _arranged(
+    name: str, compact: Tensor, structure: Structure, shape: Shape, in_blocks: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The latents as blocks, or as a matrix with its mask."""
+    if not in_blocks:
+        matrix = matrix_shape(shape)
+        return structure.to_dense(compact, shape).reshape(matrix), structure.mask(shape, compact.device).reshape(matrix)
+    if isinstance(structure, BlockDiagonal) and structure.rows is None and len(shape) == 2:
+        return compact.reshape(structure.compact_shape(shape)), None
+    raise StructureError(
+        f"{name!r} of shape {tuple(shape)} has {structure}; an operator of three dimensions asks for equal diagonal "
+        f"blocks: give it as a matrix (rows, columns)"
+    )
+
+
+def _blocks(name: str, matrix: Tensor) -> Tensor:
+    if matrix.dim() not in (2, 3) or matrix.numel() == 0 or not matrix.isfinite().all():
+        raise StructureError(f"{name} has shape {tuple(matrix.shape)}; expected finite ([blocks,] rows, columns)")
+    matrix = matrix.detach().to("cpu", torch.float64)
+    return matrix if matrix.dim() == 3 else matrix[None]
+
+
+def _fitting_blocks(name: str, weight: Tensor, A: Tensor, adjoint: bool) -> Tensor:
+    W = _blocks(f"the weight {name!r}", weight)
+    if (W := W.mT if adjoint else W).shape != A.shape:
+        hint = f"; adjoint={not adjoint} would fit" if W.mT.shape == A.shape else ""
+        expected = tuple((A.mT if adjoint else A).shape)
+        raise StructureError(
+            f"the weight {name!r} has shape {tuple(weight.shape)}; expected (blocks, rows, columns) = {expected} with "
+            f"adjoint={adjoint}{hint}"
+        )
+    return W
+
+
+def sampled_supports(columns: int, sparsity: int, samples: int, seed: int) -> Tensor:
+    """int64, shape ``(samples, sparsity)``: sets of columns, uniform."""
+    if not 1 <= sparsity <= columns or samples < 1:
+        raise ValueError(
+            f"sparsity={sparsity}, samples={samples}: expected 1 to {columns} columns and a sample or more"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    # One at a time: for many columns, all at once would not fit.
+    return torch.stack([torch.rand(columns, generator=generator).topk(sparsity).indices for _ in range(samples)])
+
+
+def _geometry(W: Tensor, A: Tensor, operator_basis: list[Tensor], supports: Tensor) -> Geometry:
+    alignment = (W * A).sum((-2, -1)) / (W.flatten(1).norm(dim=1) * A.flatten(1).norm(dim=1))
+    overall = (W * A).sum() / (W.norm() * A.norm())
+    angles = tuple(_principal_angles(*bases) for bases in zip(_row_spaces(W), operator_basis, strict=True))
+    grams, values = W.mT @ W, torch.linalg.svdvals(W)
+    chunks = supports.split(max(1, LARGEST_CHUNK // supports.shape[1] ** 2))
+    distortion = [distortion_of(gram[c[:, :, None], c[:, None, :]] for c in chunks) for gram in grams]
+    return Geometry(alignment, overall.item(), values, angles, coherence_of(grams), torch.stack(distortion))
+
+
+def _row_spaces(W: Tensor) -> list[Tensor]:
+    """Orthonormal rows that span those of each block, shape ``(rank, columns)``."""
+    _, values, rows = torch.linalg.svd(W, full_matrices=False)
+    # As torch.linalg.matrix_rank and numpy do it: what is below rounding is not part of the row space.
+    ranks = (values > values[:, :1] * max(W.shape[1:]) * torch.finfo(W.dtype).eps).sum(-1)
+    return [basis[:rank] for basis, rank in zip(rows, ranks.tolist(), strict=True)]
+
+
+def _principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    if len(first) == 0:  # a block of zeros
+        return first.new_full((1,), math.nan)
+    return torch.linalg.svdvals(first @ second.mT).clamp(0, 1).acos()
+
+
+def coherence_of(grams: Tensor) -> Tensor:
+    """The largest cosine of two columns, from Gram matrices ``(..., columns, columns)``: shape ``(...)``."""
+    norms = grams.diagonal(dim1=-2, dim2=-1).sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    cosines = grams.abs() * inverse[..., :, None] * inverse[..., None, :]
+    cosines.diagonal(dim1=-2, dim2=-1).zero_()
+    return cosines.amax((-2, -1)).clamp_max(1)
+
+
+def distortion_of(grams: Iterable[Tensor]) -> Tensor:
+    """(β - α) / (β + α) over the extreme eigenvalues of all Gram matrices given, chunk by chunk."""
+    # Eigenvalues: the worst of all vectors on the sampled columns, not of one drawn on them.
+    values = [torch.linalg.eigvalsh(gram).clamp_min(0) for gram in grams]
+    least, largest = (pick(torch.stack([pick(value) for value in values])) for pick in (torch.min, torch.max))
+    return (largest - least) / (largest + least)
