@@ -102,7 +102,7 @@ class SolverTrainer(pl.Trainer):
             datamodule: Its data.
             format: Of the file.
             ckpt_path: ``last``, or the path of a checkpoint.
-            output: The file; ``<default_root_dir>/solver.<format>`` unless given.
+            output: The file; ``<default_root_dir>/solver.<format>`` unless given (``solver.aoti.pt2`` for aoti).
         """
         packed = self._packed_solver(model, ckpt_path)
         path = Path(output or self._exported_file(format))
@@ -135,7 +135,8 @@ class SolverTrainer(pl.Trainer):
         return report
 
     def _exported_file(self, format: str) -> Path:
-        return Path(self.default_root_dir) / f"solver.{format}"
+        # AOTInductor loads no other name than *.pt2.
+        return Path(self.default_root_dir) / ("solver.aoti.pt2" if format == "aoti" else f"solver.{format}")
 
     def _packed_solver(self, model: SolverModule, ckpt_path: str | Path) -> nn.Module:
         self._prepare(model)

@@ -240,10 +240,13 @@ def test_aoti_runs_without_the_plugin(tmp_path):
     run_without_plugin(path, model, torch.randn(5, 32), tmp_path, "aoti")
 
 
-def test_aoti_without_a_compiler(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+def test_aoti_without_a_compiler(tmp_path):
     model, x = weak_network("dense")
-    with pytest.raises(pb.ExportError, match="compiler"):
+    # The config's own patch: monkeypatch would take the entry away when it undoes its change.
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(pb.ExportError, match="compiler"),
+    ):
         pb.export(model, tmp_path / "net.pt2", (x,), "aoti")
     with pytest.raises(pb.ExportError, match="packages are named"):
         pb.export(model, tmp_path / "net.so", (x,), "aoti")
