@@ -46,7 +46,6 @@ class SolverCLI(LightningCLI):
         parser.add_argument(
             "--float_twin", type=bool, default=False, help="Train the same network with float weights: leave out qat."
         )
-
         parser.add_argument(
             "--threads", type=PositiveInt | None, help="CPU threads of torch; small networks run fastest on one."
         )
@@ -93,7 +92,7 @@ class SolverCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say where the run lies."""
         if self.trainer.is_global_zero:
-            print(f"checkpoint: {Path(self.trainer.default_root_dir) / 'checkpoints' / 'last.ckpt'}")
+            print(f"checkpoint: {cast(SolverTrainer, self.trainer).last_checkpoint}")
 
 
 def _checkpoint_of_each_epoch(root: Path) -> ModelCheckpoint:

@@ -65,6 +65,10 @@ class GaussianBlocks(BlockOperator):
         rows: measurements of each.
         columns: unknowns of each.
         seed: of the entries.
+
+    Example:
+        >>> GaussianBlocks(blocks=2, rows=4, columns=8).shape
+        (8, 16)
     """
 
     def __init__(self, blocks: int = 8, rows: int = 32, columns: int = 64, seed: int = 0) -> None:
@@ -80,6 +84,10 @@ class SignBlocks(BlockOperator):
         rows: measurements of each.
         columns: unknowns of each.
         seed: of the entries.
+
+    Example:
+        >>> SignBlocks(blocks=2, rows=4, columns=8).blocks.abs().unique()
+        tensor([0.5000])
     """
 
     def __init__(self, blocks: int = 8, rows: int = 32, columns: int = 64, seed: int = 0) -> None:

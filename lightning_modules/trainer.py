@@ -21,7 +21,7 @@ __all__ = ["SolverTrainer"]
 
 
 class SolverTrainer(pl.Trainer):
-    """A Lightning Trainer with the verbs ``convert`` and ``summary``; evaluation loads the run's last checkpoint.
+    """A Lightning Trainer with ``convert``, ``export`` and ``summary``; evaluation loads the run's last checkpoint.
 
     A run keeps everything under ``default_root_dir``: ``checkpoints/last.ckpt`` and ``solver.safetensors``. Where a
     checkpoint path is asked for, ``last`` means that of the run, and an absent file is an error.

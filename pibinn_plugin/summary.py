@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import nn
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.inventory import float_tensors, one_bit_weights
 from pibinn_plugin.structure import Structure
+from pibinn_plugin.tables import text_table
 
 SCALE_BYTES = 4  # λ is stored once, as float32
 
@@ -99,18 +99,6 @@ class Summary:
         return self.float_twin_bytes / self.total_bytes
 
     def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("layer", "shape", "structure"):
-            table.add_column(column, no_wrap=True)
-        for column in ("nnz", "signs", "structure", "λ", "float", "total", "bit/weight", "bit/link", "fp32/this"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for layer in self.layers:
-            table.add_row(*_layer_cells(layer))
-        table.add_section()
         counts = (
             self.nnz,
             self.payload_bytes,
@@ -120,13 +108,14 @@ class Summary:
             self.total_bytes,
         )
         ratios = (f"{self.bits_per_weight:.3f}", f"{self.bits_per_link:.3f}", f"{self.ratio:.1f}")
-        table.add_row("total", "", "", *(f"{count:,}" for count in counts), *ratios)
-        buffer = io.StringIO()
-        Console(file=buffer, width=1000, no_color=True).print(table)
-        lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
-        return "\n".join(line for line in lines if line) + "\n" + _LEGEND
+        total = ["total", "", "", *(f"{count:,}" for count in counts), *ratios]
+        return text_table(_COLUMNS, [*map(_layer_cells, self.layers), total], left_columns=3) + _LEGEND
 
 
+_COLUMNS = (
+    *("layer", "shape", "structure"),
+    *("nnz", "signs", "structure", "λ", "float", "total", "bit/weight", "bit/link", "fp32/this"),
+)
 _LEGEND = (
     "signs, structure, λ, float, total: bytes as stored. bit/weight, bit/link: stored bits for each structural\n"
     "weight, and for each element of the dense weights. fp32/this: bytes of the same layers in fp32, dense, over total."

@@ -37,8 +37,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pibinn_plugin.analysis.tables import text_table
 from pibinn_plugin.analysis.unrolled import Unrolled, multiply
+from pibinn_plugin.tables import text_table
 
 __all__ = [
     "OneBitExistence",

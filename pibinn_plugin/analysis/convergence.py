@@ -52,8 +52,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pibinn_plugin.analysis.tables import text_table
 from pibinn_plugin.analysis.unrolled import Unrolled, multiply, read_solver
+from pibinn_plugin.tables import text_table
 
 __all__ = [
     "Certificate",

@@ -16,11 +16,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from pibinn_plugin.analysis.tables import text_table
 from pibinn_plugin.analysis.variants import weight_variants
 from pibinn_plugin.errors import StructureError
 from pibinn_plugin.packing import packed_signs_of
 from pibinn_plugin.structure import BlockDiagonal, Shape, Structure, matrix_shape
+from pibinn_plugin.tables import text_table
 from pibinn_plugin.workflow import global_scale, quantized_weights
 
 LARGEST_CHUNK = 1 << 22  # elements of the Gram matrices that are held at one time
@@ -79,12 +79,12 @@ class GeometryTable:
         return self._render("Each block", {f"{name} [{b}]": _cells(row, slice(b, b + 1)) for name, row, b in parts})
 
     def _render(self, which: str, lines: Mapping[str, Sequence[str]]) -> str:
-        _, rows, columns = self.shape
-        welch = math.sqrt((columns - rows) / (rows * (columns - 1))) if columns > rows else 0.0
+        _, height, width = self.shape
+        welch = math.sqrt((width - height) / (height * (width - 1))) if width > height else 0.0
         header = ("alignment", "overall", "σ min", "σ max", "σ spread", "angle mean", "angle max", "coherence", "δ_s ≥")
-        return text_table([self.title, *header], [[name, *cells] for name, cells in lines.items()]) + (
-            _LEGEND + SAMPLING_LEGEND
-        ).format(**vars(self), which=which, welch=welch)
+        rows = [[name, *cells] for name, cells in lines.items()]
+        legend = (_LEGEND + SAMPLING_LEGEND).format(**vars(self), which=which, welch=welch)
+        return text_table([self.title, *header], rows, left_columns=1) + legend
 
 
 _LEGEND = """\

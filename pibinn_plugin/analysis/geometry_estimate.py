@@ -17,8 +17,8 @@ from pibinn_plugin.analysis.geometry import (
     distortion_of,
     sampled_supports,
 )
-from pibinn_plugin.analysis.tables import text_table
 from pibinn_plugin.errors import StructureError
+from pibinn_plugin.tables import text_table
 
 _FAILURE = 1e-3  # probability with which an upper bound on a singular value may fail
 

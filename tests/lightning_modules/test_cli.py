@@ -10,6 +10,7 @@ import yaml
 
 import pibinn_plugin as pb
 from lightning_modules.cli import main
+from lightning_modules.modules import SolverModule
 from lightning_modules.operators import SignBlocks
 from lightning_modules.solvers.coupled_ista import CoupledISTA
 
@@ -37,6 +38,11 @@ def run(tmp_path, monkeypatch):
         main()
 
     return call
+
+
+def cut_power_in_epoch_two(module):
+    if module.current_epoch == 2:
+        raise RuntimeError("power cut")
 
 
 def small_solver():
@@ -67,8 +73,13 @@ def test_fit_test_convert_summary(run, capsys):
 def test_a_stopped_run_resumes_to_the_same_checkpoint(run):
     run("fit")
     whole = torch.load("run/checkpoints/last.ckpt", weights_only=True)
-    run("fit", "--trainer.default_root_dir", "other", "--trainer.limit_train_batches", "4")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(SolverModule, "on_train_epoch_start", cut_power_in_epoch_two)
+        run("fit", "--trainer.default_root_dir", "other")
+    assert torch.load("other/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    run("fit", "--trainer.default_root_dir", "other", "--ckpt_path", "last")
     cut = torch.load("other/checkpoints/last.ckpt", weights_only=True)
+    assert cut["epoch"] == whole["epoch"] == 3
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, cut["state_dict"][name]), name
 

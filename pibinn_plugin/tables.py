@@ -4,8 +4,8 @@ import io
 from collections.abc import Iterable
 
 
-def text_table(columns: Iterable[str], rows: Iterable[list[str]]) -> str:
-    """A table with these column titles, every line of it ended by a newline.
+def text_table(columns: Iterable[str], rows: Iterable[list[str]], left_columns: int = 0) -> str:
+    """A table with these column titles, the first ``left_columns`` flush left; every line is ended by a newline.
 
     Example:
         >>> text_table(["layer", "error"], [["1", "0.5"]]).splitlines()[-1]
@@ -16,8 +16,8 @@ def text_table(columns: Iterable[str], rows: Iterable[list[str]]) -> str:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left_columns else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     buffer = io.StringIO()
