@@ -1,4 +1,9 @@
-"""The command line: LightningCLI's ``fit``, ``validate``, ``test``, ``predict``; ``convert``, ``export``, ``summary``.
+"""The command line: LightningCLI's ``fit``, ``validate``, ``test``, ``predict``; and four more.
+
+``convert`` packs a trained solver, ``export`` writes it for another runtime, ``summary`` says where its bytes are,
+``analyze`` what can be guaranteed of it.
+
+``compare`` is a command of its own: see `lightning_modules.compare.command`.
 
 ``python -m lightning_modules fit --config configs/eeg_eog.yaml``; any value of the YAML can be overridden by an option,
 ``--print_config`` shows the whole configuration, and ``fit --ckpt_path last`` resumes a run that was stopped.
@@ -53,12 +58,12 @@ class SolverCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        own = {verb: {"model", "datamodule"} for verb in ("convert", "export", "summary")}
+        own = {verb: {"model", "datamodule"} for verb in ("convert", "export", "summary", "analyze")}
         return {**LightningCLI.subcommands(), **own}
 
     @override
     def before_instantiate_classes(self) -> None:
-        config = self.config[self.config.subcommand]
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
         config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
         if config.float_twin:
             config.trainer.default_root_dir += "_float_twin"
@@ -81,7 +86,8 @@ class SolverCLI(LightningCLI):
         if config.plugins is None:
             kwargs["plugins"] = [AtomicCheckpointIO()]
         configured = config.callbacks or []
-        if not any(isinstance(callback, ModelCheckpoint) for callback in configured):
+        has_own = any(isinstance(callback, ModelCheckpoint) for callback in configured)
+        if config.enable_checkpointing is not False and not has_own:
             kwargs["callbacks"] = [*configured, _checkpoint_of_each_epoch(root)]
         trainer = cast(SolverTrainer, super().instantiate_trainer(**kwargs))
         if self._get(self.config_init, "float_twin"):
@@ -106,12 +112,17 @@ def main(args: Sequence[str] | None = None) -> None:
     # Lightning's own use of torch, and a hint that is wrong for data in memory.
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    arguments = sys.argv[1:] if args is None else list(args)
     try:
+        if arguments[:1] == ["compare"]:
+            from lightning_modules.compare.command import main as compare
+
+            return compare(arguments[1:])
         SolverCLI(
             SolverModule,
             trainer_class=SolverTrainer,
             save_config_kwargs={"overwrite": True},
-            args=None if args is None else list(args),
+            args=None if args is None else arguments,
         )
     except _USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -17,11 +18,14 @@ from lightning_modules.modules import SolverModule
 from pibinn_plugin.export import FORMATS
 from pibinn_plugin.export.sizes import export_sizes
 
+if TYPE_CHECKING:
+    from lightning_modules.analyze import Analysis
+
 __all__ = ["SolverTrainer"]
 
 
 class SolverTrainer(pl.Trainer):
-    """A Lightning Trainer with ``convert``, ``export`` and ``summary``; evaluation loads the run's last checkpoint.
+    """A Lightning Trainer with ``convert``, ``export``, ``summary`` and ``analyze``, of the run's last checkpoint.
 
     A run keeps everything under ``default_root_dir``: ``checkpoints/last.ckpt`` and ``solver.safetensors``. Where a
     checkpoint path is asked for, ``last`` means that of the run, and an absent file is an error.
@@ -36,6 +40,11 @@ class SolverTrainer(pl.Trainer):
     def last_checkpoint(self) -> Path:
         """Where the run keeps its checkpoint."""
         return Path(self.default_root_dir) / "checkpoints" / "last.ckpt"
+
+    @property
+    def float_twin_checkpoint(self) -> Path:
+        """Where the run of the float twin keeps its checkpoint."""
+        return Path(f"{self.default_root_dir}_float_twin") / "checkpoints" / "last.ckpt"
 
     @property
     def packed_file(self) -> Path:
@@ -134,14 +143,47 @@ class SolverTrainer(pl.Trainer):
                 print(f"{entry.format:<10} {size:>8,} {entry.float_bytes:>13,} {ratios}")
         return report
 
+    def analyze(
+        self,
+        model: SolverModule,
+        datamodule: pl.LightningDataModule,
+        ckpt_path: str | Path = "last",
+        target_gap: float = 0.1,
+    ) -> Analysis:
+        """Print the guarantees of a checkpoint's solver and save their plots under ``<default_root_dir>/analysis``.
+
+        The float twin is compared with it where its run lies beside this one (``<default_root_dir>_float_twin``).
+
+        Args:
+            model: The module that was trained.
+            datamodule: Its data.
+            ckpt_path: ``last``, or the path of a checkpoint.
+            target_gap: A train-test gap of the loss, to print the number of training examples for.
+        """
+        from lightning_modules.analyze import analyze, newest_sign_history
+
+        root = Path(self.default_root_dir)
+        untrained, twin = copy.deepcopy(model.solver), None
+        if (twin_checkpoint := self.float_twin_checkpoint).is_file():
+            twin = copy.deepcopy(model)
+            _load_state(twin, twin_checkpoint)
+        self._prepare(model)
+        _load_state(model, self._checkpoint(ckpt_path))
+        report = analyze(model, untrained, twin, datamodule, newest_sign_history(root), target_gap)
+        print(report)
+        for path in report.save_plots(root / "analysis"):
+            print(f"plot: {path}")
+        if twin is None:
+            print(f"no float twin: {twin_checkpoint} does not exist; fit --float_twin true trains one")
+        return report
+
     def _exported_file(self, format: str) -> Path:
         # AOTInductor loads no other name than *.pt2.
         return Path(self.default_root_dir) / ("solver.aoti.pt2" if format == "aoti" else f"solver.{format}")
 
     def _packed_solver(self, model: SolverModule, ckpt_path: str | Path) -> nn.Module:
         self._prepare(model)
-        checkpoint = torch.load(str(self._checkpoint(ckpt_path)), map_location="cpu", weights_only=True)
-        model.load_state_dict(checkpoint["state_dict"])
+        _load_state(model, self._checkpoint(ckpt_path))
         return pb.convert(model.solver)
 
     def _prepare(self, model: SolverModule) -> None:
@@ -156,6 +198,17 @@ class SolverTrainer(pl.Trainer):
         if path is not None and not Path(path).is_file():
             raise MisconfigurationException(f"there is no checkpoint {path}: run fit first, or give --ckpt_path")
         return path
+
+
+def _load_state(model: SolverModule, path: str | Path | None) -> None:
+    checkpoint = torch.load(str(path), map_location="cpu", weights_only=True)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise MisconfigurationException(
+            f"{path} is the checkpoint of another network than that of the configuration: {reason}"
+        ) from error
 
 
 def _measurements(datamodule: pl.LightningDataModule) -> Tensor:

@@ -16,9 +16,17 @@ from pibinn_plugin.workflow import convert, freeze_signs, global_scale, prepare
 if TYPE_CHECKING:
     from pibinn_plugin.artifact import load, save
     from pibinn_plugin.callback import TwoStageQAT
+    from pibinn_plugin.initialization import SignsFromOperator, SignsFromPairs, start_float_weights
 
-# Imported when used: they bring safetensors and Lightning.
-_LAZY = {"TwoStageQAT": "callback", "load": "artifact", "save": "artifact"}
+# Imported when used: most bring safetensors or Lightning.
+_LAZY = {
+    "SignsFromOperator": "initialization",
+    "SignsFromPairs": "initialization",
+    "TwoStageQAT": "callback",
+    "load": "artifact",
+    "save": "artifact",
+    "start_float_weights": "initialization",
+}
 
 __all__ = [
     "ArtifactError",
@@ -29,6 +37,8 @@ __all__ = [
     "Mask",
     "PIBiNNError",
     "ScaleError",
+    "SignsFromOperator",
+    "SignsFromPairs",
     "Structure",
     "StructureError",
     "Summary",
@@ -41,6 +51,7 @@ __all__ = [
     "load",
     "prepare",
     "save",
+    "start_float_weights",
     "structure_from_operator",
     "summary",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import partial
@@ -14,10 +16,13 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from pibinn_plugin.initialization import Initialization
 from pibinn_plugin.quantizer import initial_scale
+from pibinn_plugin.sharding import is_sharded, reshard, whole
 from pibinn_plugin.structure import Structure
 from pibinn_plugin.workflow import QuantizedWeight, freeze_signs, global_scale, prepare, quantized_weights
 
@@ -57,6 +62,8 @@ class TwoStageQAT(Callback):
         sign_stage_start: when stage 1 begins, after a warm-up with float weights: an epoch (int), or a fraction of all
             optimizer steps (float). 0 means no warm-up.
         scale_stage_start: when stage 2 begins, likewise.
+        initialization: where latents and λ start, such as a `SignsFromPairs`, which reads pairs from the training
+            dataloader; at the start of a new training, not of a resumed one. None keeps the weights that the model has.
 
     Raises:
         MisconfigurationException: a negative epoch, a fraction outside [0, 1], stage 2 before stage 1, a fraction of a
@@ -76,6 +83,7 @@ class TwoStageQAT(Callback):
         scheme: str = "native",
         sign_stage_start: int | float = 0,
         scale_stage_start: int | float = 0.75,
+        initialization: Initialization | None = None,
     ) -> None:
         for name, start in (("sign_stage_start", sign_stage_start), ("scale_stage_start", scale_stage_start)):
             if start < 0 or (isinstance(start, float) and start > 1):
@@ -90,6 +98,7 @@ class TwoStageQAT(Callback):
             )
         self.targets, self.scheme = dict(targets), scheme
         self.sign_stage_start, self.scale_stage_start = sign_stage_start, scale_stage_start
+        self.initialization = initialization
         self.stage: Stage | None = None
         self._structures: dict[str, str] = {}
         self._signs_at_epoch_start: list[Tensor] = []
@@ -174,7 +183,7 @@ class TwoStageQAT(Callback):
             return
         parameters = {weight.name: weight.latent for weight in quantized_weights(pl_module)}
         parameters["pibinn_scale"] = global_scale(pl_module).value
-        if left := [name for name, parameter in parameters.items() if not _is_sharded(parameter)]:
+        if left := [name for name, parameter in parameters.items() if not is_sharded(parameter)]:
             raise MisconfigurationException(
                 f"{left} are not sharded, and the gradients of parameters that are not are never averaged over the "
                 f"ranks: apply fully_shard to the LightningModule itself too, at the end of configure_model"
@@ -190,6 +199,8 @@ class TwoStageQAT(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._has_fraction:
             _training_steps(trainer)  # raises here, not when the first step is done
+        if self.stage is None and self.initialization is not None:
+            self._initialize(self.initialization, trainer, pl_module)
         self._enter(self._stage_at(trainer), trainer, pl_module)
         self._remember_signs(pl_module)  # a run resumed inside an epoch has no epoch start
 
@@ -236,7 +247,7 @@ class TwoStageQAT(Callback):
             self._enter(stage, trainer, pl_module)
 
     def _enter(self, stage: Stage, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _reshard(pl_module)
+        reshard(pl_module)
         previous, self.stage = self.stage, stage
         self._enable_quantizers(pl_module, stage)
         if previous == Stage.WARM_UP and stage != Stage.WARM_UP:
@@ -258,6 +269,20 @@ class TwoStageQAT(Callback):
             trainer.strategy.configure_ddp()
 
     @staticmethod
+    def _initialize(initialization: Initialization, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Latents and λ from the batches of an epoch, the same on every rank."""
+        reshard(pl_module)
+        # A copy: persistent workers serve one iterator at a time, and that of the first epoch is made already.
+        loader: Any = copy.copy(trainer.train_dataloader)
+        if isinstance(loader, DataLoader):
+            loader._iterator = None
+        batches = trainer.num_training_batches
+        if batches == float("inf") and trainer.max_steps >= 0:
+            batches = trainer.max_steps  # a stream may have no end
+        seen = loader if batches == float("inf") else itertools.islice(loader, int(batches))
+        initialization(pl_module, seen, partial(trainer.strategy.reduce, reduce_op="sum"))
+
+    @staticmethod
     def _enable_quantizers(pl_module: nn.Module, stage: Stage) -> None:
         for weight in quantized_weights(pl_module):
             weight.quantizer.enabled = stage != Stage.WARM_UP
@@ -266,7 +291,7 @@ class TwoStageQAT(Callback):
     def _start_scale(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """λ of the warmed-up latents; and its optimizer state, which holds the zero gradients of the warm-up, anew."""
         scale = global_scale(pl_module)
-        latents = (weight.quantizer.structural(_whole(weight.latent)) for weight in quantized_weights(pl_module))
+        latents = (weight.quantizer.structural(whole(weight.latent)) for weight in quantized_weights(pl_module))
         scale.set(initial_scale(latents))
         for optimizer in trainer.optimizers:
             optimizer.state.pop(scale.value, None)
@@ -274,17 +299,17 @@ class TwoStageQAT(Callback):
     # ----------------------------------------------------------------------------------------------------- metrics
 
     def _remember_signs(self, pl_module: nn.Module) -> None:
-        _reshard(pl_module)
+        reshard(pl_module)
         self._signs_at_epoch_start = [_signs(weight) for weight in quantized_weights(pl_module)]
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.stage is not None  # set in on_train_start
-        _reshard(pl_module)
+        reshard(pl_module)
         pairs = zip(self._signs_at_epoch_start, quantized_weights(pl_module), strict=True)
         # Outside the structure nothing has a sign, but an optimizer with weight decay moves latents there too.
-        flips = [weight.quantizer.structural(_whole(before != _signs(weight))).flatten() for before, weight in pairs]
-        scale = _whole(global_scale(pl_module).value.detach()).abs().squeeze()
+        flips = [weight.quantizer.structural(whole(before != _signs(weight))).flatten() for before, weight in pairs]
+        scale = whole(global_scale(pl_module).value.detach()).abs().squeeze()
         # The same on every rank; sync_dist says so to Lightning, which warns otherwise.
         pl_module.log("qat/scale", scale, sync_dist=True)
         pl_module.log("qat/flipped", torch.cat(flips).float().mean(), sync_dist=True)
@@ -359,23 +384,5 @@ def _training_steps(trainer: pl.Trainer) -> int | float:
     return steps
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def _signs(weight: QuantizedWeight) -> Tensor:
     return weight.latent.detach() >= 0
-
-
-def _reshard(pl_module: nn.Module) -> None:
-    """Under FSDP2, put the sharded parameters, which the optimizer steps, in place of those of the last forward.
-
-    After a forward without a backward (validation), the root module holds whole parameters: copies.
-    """
-    for module in pl_module.modules():
-        if callable(reshard := getattr(module, "reshard", None)):
-            reshard()

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from pibinn_plugin.functional import packed_linear
+from pibinn_plugin import native_kernel
+from pibinn_plugin.functional import packed_linear, packed_linear_adjoint
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.structure import Banded, BlockDiagonal, Shape, Structure
@@ -171,9 +172,32 @@ class _PackedLayer(StructureInStateDict, nn.Module):
 class PackedLinear(_PackedLayer):
     """A linear layer on packed signs: ``y = λ (S ⊙ M) x + b``, input ``(..., columns)``, output ``(..., rows)``."""
 
+    def __init__(self, packed: PackedSigns, scale: GlobalScale, bias: Tensor | None, compact: bool) -> None:
+        super().__init__(packed, scale, bias, compact)
+        structure = packed.structure
+        is_permuted = isinstance(structure, BlockDiagonal) and structure.row_order is not None
+        self._blocks = None if is_permuted else native_kernel.blocks_of(structure, packed.shape)
+
     @override
     def forward(self, input: Tensor) -> Tensor:
+        if self._blocks is not None and "bias" in self._parameters and not torch.is_grad_enabled():
+            # One call of the kernel, λ's parameter and the bias with it: more Python than this takes more time than
+            # a small product.
+            bits: Any = self._buffers["bits"]
+            bias, scale = self._parameters["bias"], self._scale[0].value
+            if native_kernel.can_run(input, bits, scale, bias):
+                rows, columns = self._blocks
+                return native_kernel.FUSED[type(rows)](input, bits, scale, rows, columns, bias)
         return packed_linear(input, self.bits, self._scale[0](), self.structure, self.shape, self.bias)
+
+    def adjoint(self, input: Tensor) -> Tensor:
+        """``λ (S ⊙ M)ᵀ y``: input ``(..., rows)``, output ``(..., columns)``."""
+        return packed_linear_adjoint(input, self.bits, self._scale[0](), self.structure, self.shape)
+
+    def stays_packed(self, input: Tensor) -> bool:
+        """Whether products with this input multiply packed signs; elsewhere they unpack the weight, each time."""
+        is_in_blocks = native_kernel.blocks_of(self.structure, self.shape) is not None
+        return is_in_blocks and native_kernel.can_run(input, self.bits, self._scale[0].value, None)
 
 
 class PackedConv(_PackedLayer):

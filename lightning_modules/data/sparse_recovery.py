@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,13 +18,13 @@ __all__ = ["SparseRecovery"]
 
 # Validation and test examples are the same whatever the seed of the training.
 VALIDATION_SEED, TEST_SEED, CALIBRATION_SEED = 20210201, 20210202, 20210203
-CALIBRATION_EXAMPLES = 4096
+CALIBRATION_EXAMPLES, CALIBRATION_ENTRIES = 4096, 1 << 24  # of the signals whose power is taken; in all of them
 
 Batch = tuple[Tensor, Tensor]
 
 
-class _FreshExamples(Dataset[Batch]):
-    """Examples drawn anew each epoch from the seed and the epoch index alone; index ``epoch * length + i``."""
+class _ExamplesByEpoch(Dataset[Batch]):
+    """The examples of one epoch after another, from seed and epoch index alone; number ``epoch * length + i``."""
 
     def __init__(self, data: SparseRecovery, length: int) -> None:
         self.data, self.length = data, length
@@ -36,9 +37,7 @@ class _FreshExamples(Dataset[Batch]):
         """Return a batch (y, x) of examples of one epoch."""
         epoch = indices[0] // self.length
         if epoch != self._epoch:
-            # torch's generator looks at 32 bits of its seed: mix both numbers into them.
-            seed = int(np.random.SeedSequence([self.data.seed, epoch]).generate_state(1)[0])
-            self._epoch, self._examples = epoch, self.data.draw(self.length, seed)
+            self._epoch, self._examples = epoch, self.data.draw_epoch(self.length, epoch)
         rows = [index - epoch * self.length for index in indices]
         return self._examples[0][rows], self._examples[1][rows]
 
@@ -50,6 +49,9 @@ class SparseRecovery(pl.LightningDataModule):
     the mean power of A x. Training examples are drawn anew each epoch, from the seed and the epoch index alone, so
     that neither a resumed run nor the number of ranks changes them; validation and test examples are fixed.
 
+    With ``training_pairs`` there are only so many training examples, as in the calibration of an instrument: an epoch
+    goes through all of them again and again, each time in another order.
+
     Args:
         operator: A, with a method ``A`` and a ``shape``.
         sparsity: the fraction of nonzeros.
@@ -58,6 +60,7 @@ class SparseRecovery(pl.LightningDataModule):
         train_examples: examples an epoch.
         evaluation_examples: of the validation set, and of the test set.
         seed: of the training examples.
+        training_pairs: how many different training examples there are; new ones in each epoch unless given.
 
     Raises:
         ValueError: an argument out of range.
@@ -80,6 +83,7 @@ class SparseRecovery(pl.LightningDataModule):
         train_examples: int = 12_800,
         evaluation_examples: int = 2_000,
         seed: int = 0,
+        training_pairs: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 < sparsity <= 1:
@@ -89,9 +93,16 @@ class SparseRecovery(pl.LightningDataModule):
                 f"batch_size={batch_size}, train_examples={train_examples}, evaluation_examples={evaluation_examples}, "
                 f"seed={seed}: counts are at least 1, the seed at least 0"
             )
+        if training_pairs is not None and not 1 <= training_pairs <= train_examples:
+            raise ValueError(
+                f"training_pairs={training_pairs}: expected at least 1 and at most train_examples={train_examples}, "
+                f"the length of an epoch"
+            )
+        self.training_pairs = training_pairs
         self.operator, self.sparsity, self.snr_db, self.seed = operator, sparsity, snr_db, seed
         self.batch_size, self.train_examples, self.evaluation_examples = batch_size, train_examples, evaluation_examples
-        signal = operator.A(self._draw_unknowns(CALIBRATION_EXAMPLES, torch.Generator().manual_seed(CALIBRATION_SEED)))
+        count = min(CALIBRATION_EXAMPLES, max(64, CALIBRATION_ENTRIES // operator.shape[1]))
+        signal = operator.A(self._draw_unknowns(count, torch.Generator().manual_seed(CALIBRATION_SEED)))
         self.noise_deviation = float(signal.square().mean().sqrt()) * 10 ** (-snr_db / 20)
 
     def _draw_unknowns(self, count: int, generator: torch.Generator) -> Tensor:
@@ -106,6 +117,28 @@ class SparseRecovery(pl.LightningDataModule):
         noise = torch.randn((count, self.operator.shape[0]), generator=generator)
         return self.operator.A(x) + self.noise_deviation * noise, x
 
+    def draw_epoch(self, length: int, epoch: int) -> Batch:
+        """The ``length`` training examples (y, x) of an epoch."""
+        # torch's generator looks at 32 bits of its seed: mix both numbers into them.
+        seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+        if self.training_pairs is None:
+            return self.draw(length, seed)
+        generator = torch.Generator().manual_seed(seed)
+        passes = math.ceil(length / self.training_pairs)
+        order = torch.cat([torch.randperm(self.training_pairs, generator=generator) for _ in range(passes)])[:length]
+        y, x = self.fixed_pairs()
+        return y[order], x[order]
+
+    def fixed_pairs(self) -> Batch:
+        """The ``training_pairs`` examples (y, x) that there are.
+
+        Raises:
+            ValueError: training examples are drawn anew each epoch.
+        """
+        if self.training_pairs is None:
+            raise ValueError("training_pairs is None: training examples are drawn anew each epoch")
+        return self.draw(self.training_pairs, int(np.random.SeedSequence([self.seed, 1 << 31]).generate_state(1)[0]))
+
     def setup(self, stage: str | None = None) -> None:
         """Draw the fixed examples."""
         self.val_set = TensorDataset(*self.draw(self.evaluation_examples, VALIDATION_SEED))
@@ -119,7 +152,7 @@ class SparseRecovery(pl.LightningDataModule):
                 f"batch_size is {self.batch_size} on {ranks} ranks, but there are {self.train_examples} training "
                 f"examples: lower batch_size"
             )
-        examples = _FreshExamples(self, self.train_examples)
+        examples = _ExamplesByEpoch(self, self.train_examples)
         return ResumableLoader(examples, self.batch_size, EpochSampler(self.train_examples, ranks, rank))
 
     def val_dataloader(self) -> DataLoader[Batch]:

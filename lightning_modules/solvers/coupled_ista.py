@@ -5,21 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.operators import PhysicsOperator
-from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, CompactLinear
-from pibinn_plugin.structure import Banded, BlockDiagonal, Structure, structure_from_operator
+from lightning_modules.operators import PhysicsOperator, operator_blocks, spectral_norm
+from lightning_modules.solvers.proximal import soft_threshold
+from lightning_modules.solvers.structured_layer import structured_layer
 
-__all__ = ["CoupledISTA", "soft_threshold"]
-
-
-def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
-    """The proximal map of ``threshold · ‖x‖₁``: ``sign(x) max(|x| - threshold, 0)``, for a threshold of at least 0.
-
-    Example:
-        >>> soft_threshold(torch.tensor([-2.0, 0.5, 3.0]), torch.tensor(1.0))
-        tensor([-1.,  0.,  2.])
-    """
-    return torch.relu(x - threshold) - torch.relu(-x - threshold)
+__all__ = ["CoupledISTA"]
 
 
 class CoupledISTA(nn.Module):
@@ -50,16 +40,9 @@ class CoupledISTA(nn.Module):
         if layers < 1:
             raise ValueError(f"layers={layers}: an unrolled solver has at least one")
         self.operator = operator
-        adjoint = operator.A(torch.eye(operator.shape[1]))  # row j is A e_j: this is Aᵀ
-        structure = structure_from_operator(adjoint)
-        self.layers = nn.ModuleList()
-        for _ in range(layers):
-            layer = _float_layer(operator, structure)
-            initial = structure.to_compact(adjoint) if isinstance(layer, CompactLinear) else adjoint
-            layer.weight = nn.Parameter(initial.clone())
-            self.layers.append(layer)
-        step_size = 1 / float(torch.linalg.matrix_norm(adjoint, 2)) ** 2
-        self.step_sizes = nn.Parameter(torch.full((layers,), step_size))
+        adjoint = operator_blocks(operator).mT
+        self.layers = nn.ModuleList(structured_layer(adjoint) for _ in range(layers))
+        self.step_sizes = nn.Parameter(torch.full((layers,), 1 / spectral_norm(operator) ** 2))
         self.thresholds = nn.Parameter(torch.full((layers,), 0.05))
 
     def forward(self, y: Tensor) -> Tensor:
@@ -78,13 +61,3 @@ class CoupledISTA(nn.Module):
             residual = y - self.operator.A(x)
             x = soft_threshold(x + step_size * layer(residual), threshold.abs())
         return x
-
-
-def _float_layer(operator: PhysicsOperator, structure: Structure) -> nn.Module:
-    """A layer shaped like Aᵀ, compact where the structure is a rule: a mask is for the targets to name."""
-    rows, columns = operator.shape
-    if isinstance(structure, BlockDiagonal):
-        return BlockDiagonalLinear(rows, columns, structure, bias=False)
-    if isinstance(structure, Banded):
-        return BandedLinear(rows, columns, structure.lower, structure.upper, bias=False)
-    return nn.Linear(rows, columns, bias=False)

@@ -1,4 +1,4 @@
-r"""Does an unrolled ISTA converge: an error certified from the weights, and the error measured beside it.
+r"""Does an unrolled ISTA converge: an error after each layer, certified from the weights.
 
 The iteration starts at x_0 = 0 and has weights W_k (n × m), step sizes g_k and thresholds θ_k:
 
@@ -52,18 +52,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pibinn_plugin.analysis.unrolled import Unrolled, multiply, read_solver
+from pibinn_plugin.analysis.unrolled import Unrolled
 from pibinn_plugin.tables import text_table
 
 __all__ = [
     "Certificate",
     "LayerConstants",
-    "Measurement",
-    "Unrolled",
     "certify",
+    "certify_constants",
+    "column_factors",
     "layer_constants",
-    "measure",
-    "read_solver",
 ]
 
 
@@ -113,16 +111,28 @@ def _constants(operator: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
     gain = weight @ operator
     diagonal = (1 - gain.diagonal(dim1=-2, dim2=-1)).abs()
     off_diagonal = (gain - torch.diag_embed(gain.diagonal(dim1=-2, dim2=-1))).abs()
-    # Each column with its largest entries first; the diagonal's own zero comes last and is never counted.
-    largest = off_diagonal.sort(dim=-2, descending=True).values[..., :-1, :]
-    others = F.pad(largest, (0, 0, 1, 0)).cumsum(-2)  # row s - 1: the s - 1 largest
-    factors = (diagonal[..., None, :] + others).amax(-1)
     return (
         diagonal.amax(-1),
         off_diagonal.amax((-2, -1)),
         weight.abs().sum(-1).amax(-1),
-        F.pad(factors, (1, 0)),
+        column_factors(diagonal, off_diagonal),
     )
+
+
+def column_factors(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
+    """ρ(s) for s = 0 ... n over the columns given.
+
+    Args:
+        diagonal: |1 - G_jj|, shape ``(..., columns)``.
+        off_diagonal: |G_ij|, shape ``(..., n, columns)``, with zeros in place of the diagonal.
+
+    Returns:
+        shape ``(..., n + 1)``.
+    """
+    # Each column with its largest entries first; the diagonal's own zero comes last and is never counted.
+    largest = off_diagonal.sort(dim=-2, descending=True).values[..., :-1, :]
+    others = F.pad(largest, (0, 0, 1, 0)).cumsum(-2)  # row s - 1: the s - 1 largest
+    return F.pad((diagonal[..., None, :] + others).amax(-1), (1, 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,100 +250,48 @@ def certify(
         >>> certificate.holds, certificate.largest_sparsity, round(certificate.rates.max().item(), 3)
         (True, 4, 0.3)
     """
-    blocks, n = unrolled.operator.shape[0], unrolled.operator.shape[-1]
+    constants = constants or layer_constants(unrolled)
+    return certify_constants(constants, unrolled.thresholds, sparsity, amplitude, noise)
+
+
+def certify_constants(
+    constants: LayerConstants,
+    thresholds: Tensor | None,
+    sparsity: int | Sequence[int],
+    amplitude: float,
+    noise: float = 0.0,
+) -> Certificate:
+    """`certify` from the constants alone, such as those of `pibinn_plugin.analysis.matrix_free`.
+
+    Args:
+        constants: of each layer and block.
+        thresholds: θ_k, shape ``(layers,)``; None for the smallest admissible ones.
+        sparsity: as in `certify`.
+        amplitude: as in `certify`.
+        noise: as in `certify`.
+
+    Raises:
+        ValueError: as in `certify`.
+    """
+    layers, blocks, n = constants.factors.shape[0], constants.factors.shape[1], constants.factors.shape[2] - 1
     s = (sparsity,) * blocks if isinstance(sparsity, int) else tuple(sparsity)
     if len(s) != blocks or min(s) < 0 or max(s) > n:
         raise ValueError(f"expected a sparsity of 0 to {n}, or one for each of {blocks} blocks; got {sparsity}")
     if not (0 <= amplitude < float("inf") and 0 <= noise < float("inf")):
         raise ValueError(f"expected a finite amplitude and noise of at least 0; got {amplitude} and {noise}")
-    constants = constants or layer_constants(unrolled)
     counts = torch.tensor(s)
     error = counts * torch.tensor(amplitude, dtype=torch.float64)
-    errors, conditions, thresholds = [error], [], []
+    errors, conditions, used = [error], [], []
     certified = torch.ones(blocks, dtype=torch.bool)
-    for k in range(len(unrolled.step_sizes)):
+    for k in range(layers):
         noise_term = constants.noise_gain[k] * noise
         needed = constants.coherence[k] * error + noise_term
-        threshold = needed.max() if unrolled.thresholds is None else unrolled.thresholds[k]
+        threshold = needed.max() if thresholds is None else thresholds[k]
         certified = certified & (threshold >= needed)
         factor = constants.factors[k].gather(-1, counts[:, None]).squeeze(-1)
         following = factor * error + counts * (threshold + noise_term)
         error = torch.where(certified, following, torch.inf)
-        thresholds.append(threshold)
+        used.append(threshold)
         conditions.append(certified)
         errors.append(error)
-    return Certificate(
-        constants, s, amplitude, noise, torch.stack(thresholds), torch.stack(conditions), torch.stack(errors)
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Measurement:
-    """Errors measured on random instances that meet the assumptions of a certificate, beside what it certifies.
-
-    Args:
-        certificate: with the assumptions.
-        errors: ‖e_k‖₁ of each instance, shape ``(layers + 1, instances, blocks)``.
-        off_support: the largest |x_k| where x* has a zero, the same shape; 0 up to rounding where certified.
-    """
-
-    certificate: Certificate
-    errors: Tensor
-    off_support: Tensor
-
-    def __str__(self) -> str:
-        rows, totals = [], self.errors.sum(-1)
-        for k, total in enumerate(totals):
-            contraction = f"{(total / totals[k - 1]).max():.4g}" if k else ""
-            numbers = (total.mean(), total.max(), self.certificate.errors[k].sum())
-            off = f"{self.off_support[k].max():.4g}"
-            rows.append([str(k), *(f"{number:.4g}" for number in numbers), contraction, off])
-        columns = ("layer", "mean ‖e‖₁", "largest ‖e‖₁", "certified ‖e‖₁", "largest contraction", "off support")
-        legend = (
-            f"Measured on {totals.shape[1]} random instances that meet the assumptions; sums over the blocks.\n"
-            "contraction: of one layer, one instance. off support: largest entry where x* is zero."
-        )
-        return text_table(columns, rows) + f"{legend}\n{self.certificate.assumptions}"
-
-
-def measure(
-    unrolled: Unrolled, certificate: Certificate, instances: int = 1000, generator: torch.Generator | None = None
-) -> Measurement:
-    """Run the iteration on random x* and ε that meet the certificate's assumptions, extreme ones among them.
-
-    Supports are uniform. The entries of x* are uniform in [-B, B], and ±B in every second instance; the noise is
-    uniform in [-σ, σ], and ±σ in two of four.
-
-    Args:
-        unrolled: what the certificate is for; its thresholds are those of the certificate.
-        certificate: of `certify`.
-        instances: how many.
-        generator: of the random numbers.
-
-    Raises:
-        ValueError: fewer than one instance.
-
-    Example:
-        >>> unrolled = Unrolled(torch.eye(4)[None], torch.eye(4)[None], torch.full((3,), 0.5))
-        >>> certificate = certify(unrolled, sparsity=2, amplitude=1.0)
-        >>> bool((measure(unrolled, certificate).errors.amax(1) <= certificate.errors + 1e-12).all())
-        True
-    """
-    if instances < 1:
-        raise ValueError(f"instances={instances}: expected at least one")
-    blocks, m, n = unrolled.operator.shape
-    # The position of each entry in a random order of its block: the first s are the support.
-    rank = torch.rand(instances, blocks, n, generator=generator).argsort(-1).argsort(-1)
-    support = rank < torch.tensor(certificate.sparsity)[:, None]
-    index = torch.arange(instances)[:, None, None]
-    x = _uniform_or_extreme((instances, blocks, n), index % 2 == 0, generator) * certificate.amplitude * support
-    noise = _uniform_or_extreme((instances, blocks, m), index % 4 < 2, generator) * certificate.noise
-    y = multiply(unrolled.operator, x) + noise
-    run = Unrolled(unrolled.operator, unrolled.weights, unrolled.step_sizes, certificate.thresholds)
-    iterates = run.run(y)
-    return Measurement(certificate, (iterates - x).abs().sum(-1), (iterates * ~support).abs().amax(-1))
-
-
-def _uniform_or_extreme(shape: tuple[int, ...], extreme: Tensor, generator: torch.Generator | None) -> Tensor:
-    values = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
-    return torch.where(extreme, torch.where(values < 0, -1.0, 1.0).double(), values)
+    return Certificate(constants, s, amplitude, noise, torch.stack(used), torch.stack(conditions), torch.stack(errors))

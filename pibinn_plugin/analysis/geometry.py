@@ -150,19 +150,28 @@ def compare_geometry(
 
 
 def network_geometry(
-    model: nn.Module, operators: Mapping[str, Tensor], adjoint: bool = False, **options: int
+    model: nn.Module,
+    operators: Mapping[str, Tensor],
+    adjoint: bool = False,
+    twins: Mapping[str, nn.Module] | None = None,
+    **options: int,
 ) -> dict[str, GeometryTable]:
     """`compare_geometry` by weight name: the variants of a prepared model's latents, a packed model's one-bit weights.
+
+    Variants are made of the model's own latents without training; ``twins`` adds networks that were trained with other
+    weights, each as a row of its own.
 
     Args:
         model: prepared or packed.
         operators: pattern of weight names to A. Blocks ``(blocks, rows, columns)`` ask for weights with as many equal
             diagonal blocks, in the weight's own order; with a matrix ``(rows, columns)``, any weight is one block.
         adjoint: whether the weights are shaped like Aᵀ.
+        twins: name of a row to a network with weights of the same names and shapes.
         options: ``sparsity``, ``samples``, ``seed`` of `compare_geometry`.
 
     Raises:
-        StructureError: a pattern that matches no one-bit weight, or an operator that does not fit one.
+        StructureError: a pattern that matches no one-bit weight, an operator that does not fit one, or a twin without
+            such a weight.
         ScaleError: the model has no or several λ.
 
     Example:
@@ -185,8 +194,25 @@ def network_geometry(
             variants = weight_variants(latent, scale, mask)
             if name in packed:  # its latents are gone
                 variants = {"one-bit global": variants["one-bit global"]}
+            for twin_name, twin in (twins or {}).items():
+                compact = _weight_of_twin(twin_name, twin, name, *weights[name][1:])
+                variants[twin_name] = _arranged(name, compact, *weights[name][1:], operator.dim() == 3)[0]
             tables[name] = compare_geometry(variants, operator, adjoint, title=name, **options)
     return tables
+
+
+def _weight_of_twin(twin_name: str, twin: nn.Module, name: str, structure: Structure, shape: Shape) -> Tensor:
+    """The compact weight of that name, whatever the twin's scheme."""
+    module_name, _, parameter = name.rpartition(".")
+    try:
+        weight = getattr(twin.get_submodule(module_name), parameter).detach()
+    except AttributeError:
+        raise StructureError(f"{twin_name!r} has no weight {name!r}") from None
+    if weight.shape == tuple(structure.compact_shape(shape)):
+        return weight
+    if weight.shape != tuple(shape):
+        raise StructureError(f"{name!r} of {twin_name!r} has shape {tuple(weight.shape)}; expected {tuple(shape)}")
+    return structure.to_compact(weight)
 
 
 def _arranged(

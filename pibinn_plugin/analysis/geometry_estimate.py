@@ -1,4 +1,13 @@
-"""Geometry of operators too large for a matrix: matrix-free estimates, each with a statement of its error."""
+r"""Geometry of operators too large for a matrix: matrix-free estimates, each with a statement of its error.
+
+- Alignment: Hutchinson's means of ``(W z)ᵀ(A z)``, ``‖W z‖²``, ``‖A z‖²`` over random signs z, standard error by the
+  delta method.
+- Largest singular value: by the Lanczos iteration on WᵀW, see `pibinn_plugin.analysis.lanczos`.
+- Principal angles: with P and Q the orthogonal projections on the row spaces of W and A, by conjugate gradients, the
+  mean of cos² is tr(P Q) / min(tr P, tr Q), estimated as the alignment is. The sine of the largest angle is
+  ‖(I - Q) P‖₂ where the rank of W is not the larger one, ‖(I - P) Q‖₂ otherwise: a Ritz value.
+- Coherence and distortion, as in `Geometry`, of sampled columns: lower bounds.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +26,18 @@ from pibinn_plugin.analysis.geometry import (
     distortion_of,
     sampled_supports,
 )
+from pibinn_plugin.analysis.lanczos import largest_eigenvalue
 from pibinn_plugin.errors import StructureError
 from pibinn_plugin.tables import text_table
 
 _FAILURE = 1e-3  # probability with which an upper bound on a singular value may fail
 
 _ESTIMATES = """\
-alignment: estimate from {probes} random sign vectors, and its standard error. σ max: {iterations} Lanczos steps; the
-upper bound fails with probability {failure} over the start. coherence: of the sampled columns only, a LOWER BOUND.
+alignment, mean cos²: estimates from {probes} random sign vectors, and their standard errors. σ max: {iterations}
+Lanczos steps; the upper bound fails with probability {failure} over the start. cos², angle: of the principal angles
+between the row spaces, the mean and the largest, in degrees; a Ritz value of as many steps, which but for the errors of
+the projections (a few degrees in float32) is not above it. nan: conjugate gradients did not reach the row spaces.
+coherence: of the sampled columns only, a LOWER BOUND.
 """
 
 
@@ -36,6 +49,9 @@ class GeometryEstimate:
     alignment_error: float
     largest_singular_value: float
     largest_singular_value_bound: float
+    mean_squared_cosine: float
+    mean_squared_cosine_error: float
+    largest_angle: float
     coherence: float
     distortion: float
     shape: tuple[int, int]
@@ -46,9 +62,12 @@ class GeometryEstimate:
     seed: int
 
     def __str__(self) -> str:
-        bounds = (self.largest_singular_value, self.largest_singular_value_bound, self.coherence, self.distortion)
-        cells = [f"{number:.3f}" for number in (self.alignment, self.alignment_error, *bounds)]
-        header = ("alignment", "± s.e.", "σ max ≥", "σ max ≤", "coherence ≥", "δ_s ≥")
+        singular = (self.largest_singular_value, self.largest_singular_value_bound)
+        cosine = (self.mean_squared_cosine, self.mean_squared_cosine_error)
+        numbers = (self.alignment, self.alignment_error, *singular, *cosine)
+        cells = [f"{number:.3f}" for number in numbers] + [f"{math.degrees(self.largest_angle):.1f}"]
+        cells += [f"{number:.3f}" for number in (self.coherence, self.distortion)]
+        header = ("alignment", "± s.e.", "σ max ≥", "σ max ≤", "mean cos²", "± s.e.", "angle ≈", "coherence ≥", "δ_s ≥")
         legend = (_ESTIMATES + SAMPLING_LEGEND).format(**vars(self), failure=_FAILURE)
         return text_table(["weight", *header], [["x".join(map(str, self.shape)), *cells]]) + legend
 
@@ -64,12 +83,9 @@ def estimate_geometry(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> GeometryEstimate:
-    r"""The geometry of a weight from products with it alone: estimates and bounds, each with its error.
+    """The geometry of a weight from products with it alone: estimates and bounds, each with its error.
 
-    Alignment: Hutchinson's means of ``(W z)ᵀ(A z)``, ``‖W z‖²``, ``‖A z‖²`` over random signs z, standard error by the
-    delta method. Largest singular value: the Ritz value √θ of k Lanczos steps on WᵀW is never above it (but for
-    rounding), and ``σ² > θ / (1 - ε)`` has at most the probability ``1.648 √columns exp(-√ε (2k - 1))`` over the start
-    (Kuczyński and Woźniakowski, 1992). Coherence and distortion, as in `Geometry`, of sampled columns: lower bounds.
+    What each number is: the module's docstring.
 
     Args:
         weight: W by its ``shape``, ``(rows, columns)``, and its products: ``A``, ``(batch, columns)`` to
@@ -79,7 +95,7 @@ def estimate_geometry(
         sparsity: columns in a sample.
         samples: sets of columns.
         probes: random sign vectors.
-        iterations: k; the bound is infinite where it is too small to say anything.
+        iterations: of the Lanczos iteration; those of conjugate gradients are ten times as many at most.
         seed: of all draws.
         dtype: of the products, which are taken on the CPU.
 
@@ -94,49 +110,115 @@ def estimate_geometry(
         >>> f"{estimate.alignment:.3f} {estimate.alignment_error:.3f} {estimate.largest_singular_value:.2f}"
         '1.000 0.000 2.00'
     """
-    forward, backward = (weight.A_adjoint, weight.A) if adjoint else (weight.A, weight.A_adjoint)
-    rows, columns = tuple(weight.shape)[::-1] if adjoint else tuple(weight.shape)
-    if (rows, columns) != tuple(operator.shape):
-        raise StructureError(
-            f"with adjoint={adjoint} the weight is {rows} x {columns}; expected the operator's {tuple(operator.shape)}"
-        )
+    of_weight, of_operator = _fitting_products(weight, operator, adjoint, dtype)
+    columns = operator.shape[1]
     if probes < 2 or iterations < 1:
         raise ValueError(f"probes={probes}, iterations={iterations}: expected at least two probes and one iteration")
     supports = sampled_supports(columns, sparsity, samples, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        signs = torch.randint(2, (probes, columns), generator=generator).to(dtype) * 2 - 1
-        alignment = _estimated_alignment(forward(signs).double(), operator.A(signs).double())
+        signs = (torch.randint(2, (probes, columns), generator=generator) * 2 - 1).double()
         start = torch.randn(columns, generator=generator, dtype=torch.float64)
-        ritz = _lanczos(lambda v: backward(forward(v.to(dtype)[None]))[0].double(), start, iterations)
-        chosen = (forward(F.one_hot(support, columns).to(dtype)).double() for support in supports)
+        alignment = _estimated_cosine(of_weight.forward(signs), of_operator.forward(signs))
+        singular = largest_eigenvalue(of_weight.square, start, iterations, _FAILURE)
+        angles = _row_space_angles(of_weight, of_operator, signs, start, iterations)
+        chosen = (of_weight.forward(F.one_hot(support, columns)) for support in supports)
         grams = [of_support @ of_support.mT for of_support in chosen]
-    root = math.log(1.648 * math.sqrt(columns) / _FAILURE) / (2 * iterations - 1)  # √ε
-    bound = math.sqrt(ritz / (1 - root**2)) if root < 1 else math.inf
-    coherence, distortion = coherence_of(torch.stack(grams)).max().item(), distortion_of(grams).item()
-    found = (*alignment, math.sqrt(ritz), bound, coherence, distortion)
-    return GeometryEstimate(*found, (rows, columns), sparsity, samples, probes, iterations, seed)
+    return GeometryEstimate(
+        *alignment,
+        *(math.sqrt(singular[0]), math.sqrt(singular[1])),
+        *angles,
+        *(coherence_of(torch.stack(grams)).max().item(), distortion_of(grams).item()),
+        shape=(operator.shape[0], columns),
+        sparsity=sparsity,
+        samples=samples,
+        probes=probes,
+        iterations=iterations,
+        seed=seed,
+    )
 
 
-def _estimated_alignment(of_w: Tensor, of_a: Tensor) -> tuple[float, float]:
+def _fitting_products(weight: Any, operator: Any, adjoint: bool, dtype: torch.dtype) -> tuple[_Products, _Products]:
+    of_weight, shape = _Products(weight.A, weight.A_adjoint, dtype), tuple(weight.shape)
+    if adjoint:
+        of_weight, shape = _Products(weight.A_adjoint, weight.A, dtype), shape[::-1]
+    if shape != tuple(operator.shape):
+        raise StructureError(
+            f"with adjoint={adjoint} the weight is {' x '.join(map(str, shape))}; expected the operator's "
+            f"{tuple(operator.shape)}"
+        )
+    return of_weight, _Products(operator.A, operator.A_adjoint, dtype)
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Products with a matrix and its transpose in one dtype, given and returned in float64, batches as rows."""
+
+    times: Callable[[Tensor], Tensor]
+    transposed_times: Callable[[Tensor], Tensor]
+    dtype: torch.dtype
+
+    @property
+    def residual(self) -> float:
+        """Relative, of a projection: what the products are good for."""
+        return math.sqrt(torch.finfo(self.dtype).eps)
+
+    def square(self, v: Tensor) -> Tensor:
+        """AᵀA of one vector."""
+        return self.backward(self.forward(v[None]))[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.times(x.to(self.dtype)).double()
+
+    def backward(self, y: Tensor) -> Tensor:
+        return self.transposed_times(y.to(self.dtype)).double()
+
+    def project(self, z: Tensor, iterations: int) -> Tensor:
+        """The projection of each row of z on the row space, Aᵀ c with c of least squares; NaN where not reached."""
+        projection, rest = torch.zeros_like(z), z  # z - projection
+        gradient = direction = self.forward(z)
+        square = allowed = gradient.square().sum(-1)
+        for _ in range(iterations):
+            if (square <= self.residual**2 * allowed).all():
+                break
+            step = self.backward(direction)
+            length = square / step.square().sum(-1).clamp_min(torch.finfo(square.dtype).tiny)
+            projection, rest = projection + length[:, None] * step, rest - length[:, None] * step
+            gradient = self.forward(rest)
+            following = gradient.square().sum(-1)
+            direction = gradient + (following / square.clamp_min(torch.finfo(square.dtype).tiny))[:, None] * direction
+            square = following
+        reached = square <= self.residual**2 * allowed
+        return torch.where(reached[:, None], projection, torch.nan)
+
+
+def _row_space_angles(
+    weight: _Products, operator: _Products, signs: Tensor, start: Tensor, iterations: int
+) -> tuple[float, float, float]:
+    """Mean of cos² of the principal angles, its standard error, and the largest angle by its Ritz value."""
+    steps = 10 * iterations
+    of_weight, of_operator = weight.project(signs, steps), operator.project(signs, steps)
+    if not (of_weight.isfinite().all() and of_operator.isfinite().all()):
+        return math.nan, math.nan, math.nan
+    ranks = [projected.square().sum(1) for projected in (of_weight, of_operator)]
+    smaller, larger = (weight, operator) if ranks[0].mean() <= ranks[1].mean() * (1 + 1e-6) else (operator, weight)
+    rank = min(ranks, key=lambda squares: float(squares.mean()))
+    overlap = (of_weight * of_operator).sum(1)
+    mean = overlap.mean() / rank.mean()
+    error = ((overlap - mean * rank) / rank.mean()).std() / math.sqrt(len(overlap))
+
+    def outside(v: Tensor) -> Tensor:  # P (I - Q) P
+        inside = smaller.project(v[None], steps)
+        return smaller.project(inside - larger.project(inside, steps), steps)[0].nan_to_num()
+
+    sine_square = largest_eigenvalue(outside, start, iterations, _FAILURE)[0]
+    return mean.item(), error.item(), math.asin(math.sqrt(min(1.0, sine_square)))
+
+
+def _estimated_cosine(of_w: Tensor, of_a: Tensor) -> tuple[float, float]:
     inner, w_square, a_square = (of_w * of_a).sum(1), of_w.square().sum(1), of_a.square().sum(1)
     scale = (w_square.mean() * a_square.mean()).sqrt()
     cosine = inner.mean() / scale
     # The first-order change of the ratio with each sample; it vanishes where W is a multiple of A.
     change = inner / scale - cosine / 2 * (w_square / w_square.mean() + a_square / a_square.mean())
     return cosine.item(), (change.std() / math.sqrt(len(inner))).item()
-
-
-def _lanczos(square: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> float:
-    """The largest Ritz value of a symmetric positive semidefinite map; every vector is orthogonalised against all."""
-    basis = (start / start.norm())[None]
-    images = square(basis[0])[None]
-    for _ in range(1, min(iterations, len(start))):
-        rest = images[-1] - basis.mT @ (basis @ images[-1])
-        rest = rest - basis.mT @ (basis @ rest)  # twice is enough
-        if rest.norm() <= 1e-7 * images[-1].norm():  # an invariant subspace: the Ritz values are eigenvalues
-            break
-        basis = torch.cat([basis, (rest / rest.norm())[None]])
-        images = torch.cat([images, square(basis[-1])[None]])
-    projected = basis @ images.mT
-    return max(0.0, torch.linalg.eigvalsh((projected + projected.mT) / 2)[-1].item())

@@ -12,6 +12,8 @@ from pibinn_plugin.errors import PIBiNNError
 
 __all__ = ["Unrolled", "multiply", "read_solver"]
 
+LARGEST_DENSE = 1 << 22  # elements of an operator that is made one block: 32 MB, and as much for each layer
+
 
 @dataclass(frozen=True, eq=False)
 class Unrolled:
@@ -43,7 +45,7 @@ class Unrolled:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, value.detach().to("cpu", torch.float64))
                 if not getattr(self, name).isfinite().all():
-                    raise ValueError(f"{name} has an entry that is not finite")
+                    raise PIBiNNError(f"{name} has an entry that is not finite")
         if self.operator.dim() != 3 or self.step_sizes.dim() != 1 or not len(self.step_sizes):
             raise ValueError(
                 "expected an operator (blocks, m, n) and step sizes (layers,); "
@@ -90,13 +92,14 @@ def read_solver(solver: Any) -> Unrolled:
     The solver has the attributes ``operator`` (with ``A``, ``shape``, and ``blocks`` of shape ``(blocks, m, n)`` where
     it is block-diagonal; without, A is one block), ``layers`` (each maps ``(batch, measurements)`` to
     ``(batch, unknowns)`` by its weight), ``step_sizes`` and ``thresholds`` (their magnitudes are used). Layers are
-    probed, not parsed, and the solver's own output is compared with that of the iteration.
+    probed, not parsed, and the solver's own output is compared with that of the iteration. Where a weight does not keep
+    to the operator's blocks (another order, uneven blocks, a mask), all is one block, up to 4 million elements.
 
     Args:
         solver: such as ``lightning_modules.solvers.coupled_ista.CoupledISTA``.
 
     Raises:
-        PIBiNNError: an attribute is missing, a layer is not block-diagonal in the blocks of the operator, or the
+        PIBiNNError: an attribute is missing, a layer is not linear, or needs one block that is too large, or the
             solver computes something else than the iteration of this module.
 
     Example:
@@ -114,35 +117,58 @@ def read_solver(solver: Any) -> Unrolled:
     missing = [name for name in ("operator", "layers", "step_sizes", "thresholds") if not hasattr(solver, name)]
     if missing:
         raise PIBiNNError(f"a {type(solver).__name__} has no {', '.join(missing)}; pass tensors to Unrolled instead")
-    dtype, device = solver.step_sizes.dtype, solver.step_sizes.device
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         operator = getattr(solver.operator, "blocks", None)
         if operator is None:
-            operator = solver.operator.A(torch.eye(solver.operator.shape[1], dtype=dtype, device=device)).mT[None]
-        y = torch.randn(4, operator.shape[0] * operator.shape[1], generator=generator).to(device, dtype)
-        weights = torch.stack([_probe(layer, operator, y, name) for name, layer in enumerate(solver.layers)])
+            units = torch.eye(solver.operator.shape[1], dtype=solver.step_sizes.dtype, device=solver.step_sizes.device)
+            operator = solver.operator.A(units).mT[None]
+        operator, weights = _probed(solver, operator)
         unrolled = Unrolled(operator, weights, solver.step_sizes, solver.thresholds.abs())
+        y = _random_measurements(solver, operator)
         expected = unrolled.run(y.double().cpu().unflatten(-1, (operator.shape[0], -1)))[-1].flatten(-2)
-        _compare(
-            solver(y), expected, f"{type(solver).__name__} computes another iteration than that of the certificate"
-        )
+        if not _agree(solver(y), expected):
+            raise PIBiNNError(
+                f"{type(solver).__name__} computes another iteration than that of the certificate; pass the tensors of "
+                f"what you want certified to Unrolled"
+            )
     return unrolled
 
 
-def _probe(layer: Any, operator: Tensor, y: Tensor, index: int) -> Tensor:
-    """The blocks (blocks, n, m) of a layer's weight: each unit vector is fed to all blocks at once."""
+def _probed(solver: Any, operator: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator and all weights in the operator's blocks, or as one block where a weight does not keep to them."""
+    y = _random_measurements(solver, operator)
+    weights = [_probe(layer, operator, y) for layer in solver.layers]
+    unfit = [number for number, weight in enumerate(weights) if weight is None]
+    if not unfit:
+        return operator, torch.stack([weight for weight in weights if weight is not None])
+    if len(operator) == 1:
+        raise PIBiNNError(f"layer {unfit[0]} is not linear; pass the tensors of what you want certified to Unrolled")
+    rows, columns = len(operator) * operator.shape[1], len(operator) * operator.shape[2]
+    if rows * columns > LARGEST_DENSE:
+        raise PIBiNNError(
+            f"layer {unfit[0]} is not block-diagonal in the blocks of the operator, and {rows} x {columns} is too "
+            f"large for one block; see pibinn_plugin.analysis.matrix_free"
+        )
+    return _probed(solver, torch.block_diag(*operator)[None])
+
+
+def _random_measurements(solver: Any, operator: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, operator.shape[0] * operator.shape[1], generator=generator).to(solver.step_sizes)
+
+
+def _probe(layer: Any, operator: Tensor, y: Tensor) -> Tensor | None:
+    """The blocks (blocks, n, m) of a layer's weight: each unit vector is fed to all blocks at once. None for others."""
     blocks, m, _ = operator.shape
     units = torch.eye(m, dtype=y.dtype, device=y.device).repeat(1, blocks)
     weight = layer(units).unflatten(-1, (blocks, -1)).permute(1, 2, 0)
     expected = multiply(weight.double(), y.double().unflatten(-1, (blocks, m))).flatten(-2)
-    _compare(layer(y), expected, f"layer {index} is not linear and block-diagonal in the blocks of the operator")
-    return weight
+    return weight if _agree(layer(y), expected) else None
 
 
-def _compare(actual: Tensor, expected: Tensor, message: str) -> None:
-    if not torch.allclose(actual.double().cpu(), expected.cpu(), rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-        raise PIBiNNError(f"{message}; pass the tensors of what you want certified to Unrolled")
+def _agree(actual: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-3 * float(expected.abs().max())
+    return torch.allclose(actual.double().cpu(), expected.cpu(), rtol=1e-3, atol=tolerance)
 
 
 def multiply(blocks: Tensor, x: Tensor) -> Tensor:

@@ -22,7 +22,11 @@ def write(packed: nn.Module, args: tuple[Tensor, ...], path: Path) -> None:
     if path.suffix != ".pt2":
         raise ExportError(f"AOTInductor packages are named *.pt2; got {path.name!r}")
     try:
-        torch._inductor.aoti_compile_and_package(program_of(packed, args), package_path=str(path))
+        # Signs are unpacked when the package is loaded; otherwise every product would unpack its own.
+        options = {"aot_inductor.use_runtime_constant_folding": True}
+        torch._inductor.aoti_compile_and_package(
+            program_of(packed, args), package_path=str(path), inductor_configs=options
+        )
     except InvalidCxxCompiler as error:
         raise ExportError(f"AOTInductor needs a C++ compiler (install g++ or set CXX): {error}") from error
 

@@ -53,7 +53,7 @@ def with_float_weights(packed: nn.Module) -> tuple[nn.Module, list[PackedWeight]
         The twin (another module where the model was a packed layer itself), and what its weights were.
     """
     scale = global_scale(packed)
-    weights = [_dense_if_blocks_are_empty(weight) for weight in packed_weights(packed, scale.value.dtype)]
+    weights = [_dense_where_brevitas_needs_it(weight) for weight in packed_weights(packed, scale.value.dtype)]
     values = [weight.packed.weight(scale(), weight.compact, weight.dtype) for weight in weights]
     model = replace_by_float_layers(packed, weights, linear_layer)
     for weight, value in zip(weights, values, strict=True):
@@ -67,10 +67,11 @@ def has_empty_blocks(packed: PackedSigns) -> bool:
     return isinstance(structure, BlockDiagonal) and 0 in (*(structure.rows or ()), *(structure.columns or ()))
 
 
-def _dense_if_blocks_are_empty(weight: PackedWeight) -> PackedWeight:
-    # The ONNX exporter that Brevitas uses ends the process with a division by zero at a block without elements.
-    is_dense = not weight.in_place and has_empty_blocks(weight.packed)
-    return dataclasses.replace(weight, compact=False) if is_dense else weight
+def _dense_where_brevitas_needs_it(weight: PackedWeight) -> PackedWeight:
+    # Brevitas has compact layers for blocks and bands alone, and the ONNX exporter that it uses ends the process with a
+    # division by zero at a block without elements.
+    has_layer = isinstance(weight.packed.structure, BlockDiagonal | Banded) and not has_empty_blocks(weight.packed)
+    return weight if weight.in_place or has_layer else dataclasses.replace(weight, compact=False)
 
 
 def replace_by_float_layers(

@@ -1,11 +1,5 @@
-"""TwoStageQAT in real trainings: what each stage moves, when stages switch, and what checkpoints bring back."""
+"""TwoStageQAT in real trainings: what each stage moves, when stages switch, what is logged, what is refused."""
 
-import contextlib
-import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +7,7 @@ import pytorch_lightning as pl
 import torch
 import train_and_die
 import two_stage
-import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.cli import LightningCLI
+from fit_two_stage import C, S, W, fit, moved
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.nn.utils import parametrize
@@ -23,86 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from two_stage import EPOCHS, TARGETS, SmallModule
 
 import pibinn_plugin as pb
-from lightning_modules.checkpointing import AtomicCheckpointIO, RandomState
 from pibinn_plugin.workflow import SCHEMES, quantized_weights
-
-REPOSITORY = Path(__file__).parents[2]
-W, S, C = "warm_up", "signs", "scale"
-
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{message}")
-    for message in (
-        "The dirpath has changed",
-        "Be aware that when using `ckpt_path`, callbacks used",
-        "You're resuming from a checkpoint that ended before",
-        "The checkpoint .* holds no random state",
-        "(?s).*JSONARGPARSE_DEPRECATION_WARNINGS",
-        "(?s).*was deprecated in v4.49.0",
-    )
-]
-
-
-class Diary(pl.Callback):
-    """What the callbacks before it have made of each step and epoch."""
-
-    def __init__(self):
-        self.stages, self.losses, self.scales, self.metrics, self.states = [], [], [], [], []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        for callback in trainer.callbacks:
-            if isinstance(callback, pb.TwoStageQAT):
-                self.stages.append(callback.stage.value)
-                self.scales.append(pb.global_scale(pl_module)().item())
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(outputs["loss"].item())
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.states.append(state_of(pl_module))
-        self.metrics.append({name: value.item() for name, value in trainer.callback_metrics.items()})
-
-
-def state_of(module):
-    """Parameters and latents under the names they had before the module was prepared, and λ."""
-    weights = {id(weight.latent): weight.name for weight in quantized_weights(module)}
-    return {weights.get(id(each), name): each.detach().clone() for name, each in module.named_parameters()}
-
-
-def fit(module, callback, *others, resume=None, directory=None, trainer=None, **arguments):
-    diary = Diary()
-    callbacks = [RandomState(), callback, *others, diary]
-    if directory is not None:
-        callbacks.append(ModelCheckpoint(directory, filename="{epoch}", save_top_k=-1))
-        arguments["plugins"] = [AtomicCheckpointIO()]
-    arguments.setdefault("enable_checkpointing", directory is not None)
-    if not arguments.keys() & {"max_steps", "max_time"}:
-        arguments.setdefault("max_epochs", EPOCHS)
-    diary.trainer = train_and_die.quiet_trainer(callbacks=callbacks, **arguments)
-    pl.seed_everything(0, verbose=False)
-    diary.trainer.fit(module, ckpt_path=resume)
-    return diary
-
-
-def moved(before, after):
-    assert before.keys() == after.keys()
-    return {name for name in after if not torch.equal(before[name], after[name])}
-
-
-def assert_equal(first, second):
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_equal(first[key], second[key])
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_equal(one, other)
-    else:
-        assert first == second
-
 
 # --------------------------------------------------------------------------------------------------------- the stages
 
@@ -277,134 +190,6 @@ def test_every_epoch_logs_scale_flips_and_stage():
     assert any(0 < metrics["qat/flipped"] < 1 for metrics in diary.metrics[2:4])
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
-
-
-class LoadsTheLast(pl.Callback):
-    """Loads each checkpoint into a fresh model while training goes on."""
-
-    def __init__(self, directory, scheme):
-        self.directory, self.scheme, self.loaded = directory, scheme, 0
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == 0:
-            return
-        path = self.directory / f"epoch={trainer.current_epoch - 1}.ckpt"
-        module = SmallModule()
-        pb.prepare(module, TARGETS, self.scheme)
-        module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-        assert moved(state_of(module), state_of(pl_module)) == self.changed_since(trainer)
-        self.loaded += 1
-
-    def changed_since(self, trainer):
-        return {"pibinn_scale.value"} if trainer.current_epoch == 2 else set()
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_checkpoints_load_into_fresh_modules_in_every_stage(tmp_path, scheme):
-    loads = LoadsTheLast(tmp_path, scheme)
-    diary = fit(SmallModule(), two_stage.callback(scheme), loads, directory=tmp_path)
-    assert loads.loaded == EPOCHS - 1
-    for epoch, stage in enumerate([W, W, S, S, C, C]):
-        path = tmp_path / f"epoch={epoch}.ckpt"
-        state = torch.load(path, weights_only=True)["callbacks"]["TwoStageQAT"]
-        assert (state["stage"], state["scheme"]) == (stage, scheme)
-        tester = train_and_die.quiet_trainer(callbacks=[two_stage.callback(scheme)])
-        (result,) = tester.test(SmallModule(), ckpt_path=path, weights_only=True, verbose=False)
-        assert result["test/loss"] == diary.metrics[epoch]["val/loss"]
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_resuming_repeats_from_every_epoch(tmp_path, scheme):
-    whole = fit(two_stage.NoisyModule(), two_stage.callback(scheme), directory=tmp_path / "whole")
-    expected = torch.load(tmp_path / "whole" / f"epoch={EPOCHS - 1}.ckpt", weights_only=True)
-    for epoch in range(EPOCHS - 1):
-        directory = tmp_path / f"resumed {epoch}"
-        path = tmp_path / "whole" / f"epoch={epoch}.ckpt"
-        resumed = fit(two_stage.NoisyModule(), two_stage.callback(scheme), resume=path, directory=directory)
-        steps = len(resumed.stages)
-        assert steps == 2 * (EPOCHS - 1 - epoch)
-        for name in ("stages", "losses", "scales"):
-            assert getattr(resumed, name) == getattr(whole, name)[-steps:]
-        assert resumed.metrics == whole.metrics[epoch + 1 :]
-        found = torch.load(directory / f"epoch={EPOCHS - 1}.ckpt", weights_only=True)
-        for name in ("state_dict", "optimizer_states", "epoch", "global_step"):
-            assert_equal(found[name], expected[name])
-        assert_equal(found["callbacks"]["TwoStageQAT"], expected["callbacks"]["TwoStageQAT"])
-
-
-@pytest.mark.parametrize("when", [{"save_on_train_epoch_end": False}, {"every_n_train_steps": 3}])
-def test_resuming_inside_an_epoch(tmp_path, when):
-    checkpoints = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **when)
-    whole = fit(SmallModule(), two_stage.callback(), checkpoints, enable_checkpointing=True)
-    paths = sorted(tmp_path.glob("*.ckpt"))
-    assert len(paths) == 12 // when.get("every_n_train_steps", 2)
-    for path in paths:
-        resumed = fit(SmallModule(), two_stage.callback(), resume=path)
-        stages = whole.stages[int(path.stem.removeprefix("step=")) :]
-        assert resumed.stages == stages
-        if "every_n_train_steps" not in when:  # the loader does not go on inside an epoch, so losses differ there
-            assert resumed.losses == whole.losses[len(whole.losses) - len(stages) :]
-            assert_equal(resumed.states[-1], whole.states[-1])
-
-
-def test_a_killed_training_equals_an_undisturbed_one(tmp_path):
-    # "named" is the end of an epoch: its checkpoint is there. After five of them, one epoch is left.
-    deaths = ["named", "write", "named", "replace", "named", "write", "named", "named", "random", "random"]
-    command = [sys.executable, train_and_die.__file__, tmp_path, "--experiment", "two_stage:noisy", "--deaths", *deaths]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr[-8000:]
-    assert result.stdout.count("killed (named)") == 5
-    assert result.stdout.rstrip().endswith("killed: finished")
-    checkpoints = [torch.load(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("undisturbed", "killed")]
-    for name in ("state_dict", "optimizer_states", "epoch", "global_step"):
-        assert_equal(*(checkpoint[name] for checkpoint in checkpoints))
-    assert_equal(*(checkpoint["callbacks"]["TwoStageQAT"] for checkpoint in checkpoints))
-    # A killed process's steps are trained again: to the same losses.
-    undisturbed, killed = (
-        set((tmp_path / run / "losses-0.txt").read_text().splitlines()) for run in ("undisturbed", "killed")
-    )
-    assert undisturbed == killed
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("native")
-    fit(SmallModule(), two_stage.callback(), directory=directory)
-    return directory / "epoch=4.ckpt"
-
-
-def test_another_structure_is_refused(checkpoint):
-    targets = TARGETS | {"layers.0.weight": pb.BlockDiagonal(4)}
-    with pytest.raises(pb.StructureError, match=r"blocks=2.*blocks=4"):
-        fit(SmallModule(), pb.TwoStageQAT(targets), resume=checkpoint)
-
-
-@pytest.mark.parametrize("scheme", ["torchao", "brevitas"])
-def test_another_scheme_is_refused(checkpoint, scheme):
-    message = f"trained with scheme='native'; got scheme='{scheme}'"
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(SmallModule(), two_stage.callback(scheme), resume=checkpoint)
-    callback = two_stage.callback(scheme)
-    for _ in range(2):  # also after a run that failed
-        with pytest.raises(MisconfigurationException, match=message):
-            train_and_die.quiet_trainer(callbacks=[callback]).test(SmallModule(), ckpt_path=checkpoint)
-
-
-def test_a_checkpoint_of_a_float_training_is_refused(tmp_path):
-    trainer = train_and_die.quiet_trainer(max_epochs=1, callbacks=[ModelCheckpoint(tmp_path, filename="float")])
-    trainer.fit(SmallModule())
-    with pytest.raises(MisconfigurationException, match="trained without TwoStageQAT"):
-        fit(SmallModule(), two_stage.callback(), resume=tmp_path / "float.ckpt")
-
-
-def test_a_longer_training_goes_on_in_its_stage(tmp_path):
-    fit(SmallModule(), two_stage.callback("native", 0, 0.5), directory=tmp_path, max_epochs=2)
-    callback = two_stage.callback("native", 0, 0.5)
-    assert fit(SmallModule(), callback, resume=tmp_path / "epoch=1.ckpt", max_epochs=8).stages == [C] * 12
-
-
 # ---------------------------------------------------------------------------------------------------- more than a fit
 
 
@@ -480,73 +265,3 @@ def test_strategies_with_flat_parameters_are_refused(strategy):
     trainer = SimpleNamespace(strategy=object.__new__(strategy))
     with pytest.raises(MisconfigurationException, match=f"{strategy.__name__} keeps parameters in flat buffers"):
         two_stage.callback().setup(trainer, SmallModule(), "fit")
-
-
-# ------------------------------------------------------------------------------------------------------- command line
-
-CONFIG = """
-trainer:
-  max_epochs: 2
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  accelerator: cpu
-  callbacks:
-    - class_path: pibinn_plugin.TwoStageQAT
-      init_args:
-        targets:
-          layers.0.weight: {class_path: pibinn_plugin.BlockDiagonal, init_args: {rows: [2, 6], columns: [4, 4]}}
-          layers.2.weight: null
-          layers.4.weight:
-            class_path: pibinn_plugin.Mask
-            init_args: {pattern: [[1,1,0,0,0,0,0,0], [0,1,1,0,0,0,0,0], [0,0,1,1,0,0,0,0], [0,0,0,1,1,0,0,1]]}
-        scheme: torchao
-        sign_stage_start: 1
-        scale_stage_start: 0.5
-"""
-
-
-@pytest.fixture(autouse=True)
-def _no_command_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", sys.argv[:1])
-
-
-def callback_from(config, directory):
-    path = directory / "config.yaml"
-    path.write_text(config)
-    cli = LightningCLI(SmallModule, args=["--config", str(path)], run=False, save_config_callback=None)
-    return cli, next(each for each in cli.trainer.callbacks if isinstance(each, pb.TwoStageQAT))
-
-
-def test_a_config_names_every_argument_and_survives_printing(tmp_path):
-    printed = io.StringIO()
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit, match="0"):
-        LightningCLI(SmallModule, args=["fit", "--config", str(tmp_path / "config.yaml"), "--print_config"])
-    once_printed = {key: yaml.safe_load(printed.getvalue())[key] for key in ("trainer", "seed_everything")}
-    for config in (CONFIG, yaml.safe_dump(once_printed)):
-        cli, callback = callback_from(config, tmp_path)
-        assert callback.targets == {
-            "layers.0.weight": pb.BlockDiagonal(rows=(2, 6), columns=(4, 4)),
-            "layers.2.weight": None,
-            "layers.4.weight": pb.Mask(torch.eye(4, 8) + torch.eye(4, 8).roll(1, 1) + corner()),
-        }
-        starts = (callback.sign_stage_start, callback.scale_stage_start)
-        assert (callback.scheme, *starts) == ("torchao", 1, 0.5)
-        assert [type(start) for start in starts] == [int, float]
-    cli.trainer.fit(cli.model)
-    assert callback.stage == C
-
-
-def corner():
-    pattern = torch.zeros(4, 8)
-    pattern[3, 7] = 1
-    return pattern
-
-
-def test_a_config_with_a_bad_structure_is_refused(tmp_path):
-    bad = CONFIG.replace("pibinn_plugin.Mask", "pibinn_plugin.NoSuchThing")
-    with contextlib.redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit):
-        callback_from(bad, tmp_path)
-    assert "NoSuchThing" in errors.getvalue()

@@ -12,7 +12,6 @@ from torch import nn
 
 from pibinn_plugin import PIBiNNError, convert, global_scale, prepare
 from pibinn_plugin.analysis.geometry import compare_geometry, network_geometry
-from pibinn_plugin.analysis.geometry_estimate import estimate_geometry
 from pibinn_plugin.analysis.variants import weight_variants
 from pibinn_plugin.errors import ScaleError, StructureError
 from pibinn_plugin.nn import BlockDiagonalLinear
@@ -20,17 +19,6 @@ from pibinn_plugin.structure import Banded, BlockDiagonal
 
 SEEDS = st.integers(0, 10_000)
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(2, 8))
-
-
-class Matrix:
-    def __init__(self, dense):
-        self.dense, self.shape = dense, tuple(dense.shape)
-
-    def A(self, x):
-        return x @ self.dense.T
-
-    def A_adjoint(self, y):
-        return y @ self.dense
 
 
 def draw(shape, seed, dtype=torch.float64):
@@ -280,6 +268,27 @@ def test_a_prepared_and_a_packed_network():
         )
 
 
+def test_trained_twins_are_rows_of_their_own():
+    A = draw((2, 4, 8), 0, torch.float32)
+    compact, dense = nn.Sequential(BlockDiagonalLinear(8, 16, 2)), nn.Sequential(nn.Linear(8, 16))
+    with torch.no_grad():
+        compact[0].weight.copy_(2 * A.mT)
+        dense[0].weight.copy_(torch.block_diag(*A.mT.sign()))
+    model = prepare(nn.Sequential(BlockDiagonalLinear(8, 16, 2)), {"0.weight": None})
+    packed = convert(prepare(nn.Sequential(BlockDiagonalLinear(8, 16, 2)), {"0.weight": None}))
+    twins = {"float, trained": compact, "dense": dense, "packed": packed}
+    rows = network_geometry(model, {"0.weight": A}, adjoint=True, twins=twins, samples=5)["0.weight"].rows
+    assert list(rows)[-3:] == list(twins)
+    assert rows["float, trained"].overall_alignment == pytest.approx(1)
+    torch.testing.assert_close(rows["float, trained"].singular_values, 2 * rows["(operator)"].singular_values)
+    assert rows["dense"].overall_alignment == pytest.approx(math.sqrt(2 / math.pi), abs=0.1)
+    assert rows["packed"].overall_alignment != rows["one-bit global"].overall_alignment
+    with pytest.raises(StructureError, match=r"'other' has no weight '0.weight'"):
+        network_geometry(model, {"0.weight": A}, adjoint=True, twins={"other": nn.Linear(8, 16)})
+    with pytest.raises(StructureError, match=r"of 'other' has shape \(16, 9\); expected \(16, 8\)"):
+        network_geometry(model, {"0.weight": A}, adjoint=True, twins={"other": nn.Sequential(nn.Linear(9, 16))})
+
+
 def test_a_block_diagonal_weight_as_blocks_and_as_a_matrix():
     A = draw((2, 4, 8), 0, torch.float32)
     model = prepare(nn.Sequential(nn.Linear(16, 8)), {"0.weight": BlockDiagonal(2)})
@@ -288,54 +297,6 @@ def test_a_block_diagonal_weight_as_blocks_and_as_a_matrix():
     for name, row in dense.rows.items():
         torch.testing.assert_close(row.overall_alignment, by_block.rows[name].overall_alignment, msg=name)
         torch.testing.assert_close(row.coherence.max(), by_block.rows[name].coherence.max(), msg=name)
-
-
-# Estimates
-
-
-@given(st.integers(1, 30), st.integers(2, 40), SEEDS, st.booleans())
-def test_estimates_keep_their_word(rows, columns, seed, adjoint):
-    A, W = draw((rows, columns), seed), draw((rows, columns), seed + 1)
-    sparsity = max(1, columns // 10)
-    estimate = estimate_geometry(
-        Matrix(W.T if adjoint else W), Matrix(A), adjoint, sparsity, 10, iterations=20, dtype=torch.float64
-    )
-    exact = geometry(W, A, sparsity=sparsity, samples=10)
-    largest = exact.singular_values.max().item()
-    assert estimate.largest_singular_value <= largest * (1 + 1e-9) <= estimate.largest_singular_value_bound * (1 + 2e-9)
-    assert estimate.coherence <= exact.coherence.item() + 1e-9
-    assert estimate.distortion == pytest.approx(exact.distortion.item(), abs=1e-9)  # the same columns
-
-
-def test_the_standard_error_is_that_of_the_estimate():
-    A = draw((20, 30), 0)
-    W = A + draw((20, 30), 1)
-    exact = geometry(W, A).overall_alignment
-    estimates = [
-        estimate_geometry(Matrix(W), Matrix(A), samples=1, probes=50, iterations=1, seed=seed, dtype=torch.float64)
-        for seed in range(300)
-    ]
-    errors = np.array([estimate.alignment - exact for estimate in estimates])
-    claimed = np.array([estimate.alignment_error for estimate in estimates])
-    assert abs(errors.mean()) < 4 * claimed.mean() / math.sqrt(300) + 2e-3  # a ratio of means is slightly biased
-    assert 0.85 < errors.std() / claimed.mean() < 1.15
-
-
-def test_the_same_map_has_alignment_one_without_error():
-    estimate = estimate_geometry(Matrix(draw((6, 20), 0, torch.float32)), Matrix(2 * draw((6, 20), 0, torch.float32)))
-    assert estimate.alignment == pytest.approx(1) and estimate.alignment_error < 1e-6
-    text = str(estimate)
-    assert "100 random sign vectors" in text and "0.001" in text and "LOWER" in text
-    assert max(map(len, text.splitlines())) <= 120
-
-
-def test_lanczos_stops_at_an_invariant_subspace_and_too_few_steps_say_nothing():
-    isometry = Matrix(3 * torch.eye(50))
-    estimate = estimate_geometry(isometry, isometry, iterations=40)
-    assert estimate.largest_singular_value == pytest.approx(3, rel=1e-6)
-    assert estimate_geometry(isometry, isometry, iterations=2).largest_singular_value_bound == math.inf
-    zero = Matrix(torch.zeros(4, 9))
-    assert estimate_geometry(zero, Matrix(torch.ones(4, 9))).largest_singular_value == 0
 
 
 # Errors
@@ -363,14 +324,6 @@ def test_impossible_samples_are_refused(options):
     matrix = torch.ones(2, 3)
     with pytest.raises(ValueError, match="expected 1 to 3 columns"):
         geometry(matrix, matrix, **options)
-
-
-def test_impossible_estimates_are_refused():
-    wide, tall = Matrix(torch.ones(2, 9)), Matrix(torch.ones(9, 2))
-    with pytest.raises(StructureError, match="adjoint=False the weight is 9 x 2"):
-        estimate_geometry(tall, wide)
-    with pytest.raises(ValueError, match="probes=1"):
-        estimate_geometry(wide, wide, probes=1)
 
 
 def test_networks_that_do_not_fit_are_refused():

@@ -1,27 +1,13 @@
-"""Physics operators with ``A`` and ``A_adjoint``, as in deepinv: any such object is accepted in their place.
-
-Batches are rows: ``A`` maps ``(..., unknowns)`` to ``(..., measurements)``, ``A_adjoint`` the other way. Operators that
-are generated from a seed keep their entries out of checkpoints and packed files: the seed stands for them.
-"""
+"""Operators from their entries: block-diagonal ones, of which a dense matrix is the case of one block."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.operators.base import check_size
 
-class PhysicsOperator(Protocol):
-    """What a solver needs of the physics: the operator, its adjoint, and how many measurements of how many unknowns."""
-
-    shape: tuple[int, int]
-
-    def A(self, x: Tensor) -> Tensor:
-        """``(..., unknowns)`` to ``(..., measurements)``."""
-
-    def A_adjoint(self, y: Tensor) -> Tensor:
-        """``(..., measurements)`` to ``(..., unknowns)``."""
+__all__ = ["BlockOperator", "DenseOperator", "GaussianBlocks", "SignBlocks"]
 
 
 class BlockOperator(nn.Module):
@@ -31,7 +17,7 @@ class BlockOperator(nn.Module):
         blocks: shape ``(blocks, rows, columns)``.
 
     Raises:
-        ValueError: not three dimensions, or an entry that is not finite.
+        ValueError: not three dimensions, or an entry that is not finite; by ``A`` and ``A_adjoint``, a wrong size.
 
     Example:
         >>> operator = BlockOperator(torch.ones(2, 1, 3))
@@ -50,11 +36,33 @@ class BlockOperator(nn.Module):
 
     def A(self, x: Tensor) -> Tensor:
         """``A x``: ``(..., unknowns)`` to ``(..., measurements)``."""
-        return torch.einsum("...bc,brc->...br", x.unflatten(-1, (self.blocks.shape[0], -1)), self.blocks).flatten(-2)
+        parts = check_size(x, self.shape[1], "x").unflatten(-1, (self.blocks.shape[0], -1))
+        return torch.einsum("...bc,brc->...br", parts, self.blocks).flatten(-2)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         """``Aᵀ y``: ``(..., measurements)`` to ``(..., unknowns)``."""
-        return torch.einsum("...br,brc->...bc", y.unflatten(-1, (self.blocks.shape[0], -1)), self.blocks).flatten(-2)
+        parts = check_size(y, self.shape[0], "y").unflatten(-1, (self.blocks.shape[0], -1))
+        return torch.einsum("...br,brc->...bc", parts, self.blocks).flatten(-2)
+
+
+class DenseOperator(BlockOperator):
+    """An operator from its matrix. Seeded normal entries are `GaussianBlocks` with one block.
+
+    Args:
+        matrix: shape ``(measurements, unknowns)``.
+
+    Raises:
+        ValueError: not two dimensions, or an entry that is not finite.
+
+    Example:
+        >>> DenseOperator(torch.ones(2, 3)).A(torch.arange(3.0))
+        tensor([3., 3.])
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.dim() != 2:
+            raise ValueError(f"expected a matrix (measurements, unknowns); got shape {tuple(matrix.shape)}")
+        super().__init__(matrix[None])
 
 
 class GaussianBlocks(BlockOperator):

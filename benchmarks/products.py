@@ -1,0 +1,254 @@
+"""Products with one-bit weights against float and few-bit products of the same shapes.
+
+``.venv/bin/python benchmarks/products.py`` takes some minutes and writes ``benchmarks/results/products.md``. The peers
+of a case and the bound of the processor take turns with the kernel in one process; the table gives medians, the
+quartiles of the kernel's time, and ratios.
+"""
+
+import ctypes
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from products_peers import dense_peers
+from torch import Tensor, nn
+
+import pibinn_plugin as pb
+from lightning_modules.machine import machine
+from pibinn_plugin.functional import kernel
+from pibinn_plugin.nn import PackedLinear
+from pibinn_plugin.packing import PackedSigns, unpack_signs
+from pibinn_plugin.quantizer import GlobalScale
+
+RESULTS = Path(__file__).parent / "results" / "products.md"
+CASES = [
+    (64, 512, 512, 1),
+    (64, 512, 512, 64),
+    (64, 256, 128, 512),
+    (64, 512, 256, 512),
+    (8, 64, 32, 1),
+    (8, 512, 512, 1),
+    (8, 512, 512, 64),
+]
+DENSE_ELEMENTS = 2**24  # the largest weight that the dense peers are given
+SECONDS, ROUNDS = 8.0, 5  # of a case: as many rounds as fit, but not fewer than these
+COMPILED = {(8, 64, 32, 1), (8, 512, 512, 64)}  # compiling takes longer than all other measurements of a case
+LANES = {"portable": 4, "avx2": 8, "avx512": 16}
+COLUMNS_IN_MEMORY, COLUMNS_IN_REGISTERS = 32 / 6, {8: 3, 16: 4}  # of a lookup, the latter by lanes
+
+NOTES = (
+    "Exact float32 products, called as operators from Python. The bound is what one core does in a loop of lookups and",
+    "additions alone, from the first cache or (batches below a vector) from registers. The columns after it are peers",
+    "on the same shapes: how many times longer they take than the kernel, medians of interleaved runs. `torch.bmm` has",
+    "its weight in the layout that is fastest for it, and its input cut into blocks beforehand. Dense peers run where",
+    "the dense weight fits.",
+)
+
+Function = Callable[[], object]
+
+
+def interleaved(functions: dict[str, Function]) -> dict[str, list[float]]:
+    """Seconds of one call, in rounds in which every function has its turn."""
+    calls = {}
+    for name, function in functions.items():
+        function()
+        start = time.perf_counter()
+        function()
+        calls[name] = max(1, int(2e-3 / (time.perf_counter() - start)))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(next(iter(samples.values()))) < ROUNDS:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            samples[name].append((time.perf_counter() - start) / calls[name])
+    return samples
+
+
+class BlockProduct(nn.Module):
+    """What one would write in float: ``torch.bmm`` over the blocks, here with the weight as it is fastest."""
+
+    def __init__(self, blocks: int, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(blocks, columns, rows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks, columns, _ = self.weight.shape
+        return torch.bmm(x.view(-1, blocks, columns).transpose(0, 1), self.weight).transpose(0, 1).flatten(1)
+
+
+class Case:
+    """A weight of equal blocks, its packed layer, and an input."""
+
+    def __init__(self, blocks: int, rows: int, columns: int, batch: int) -> None:
+        self.sizes, self.batch, self.macs = (blocks, rows, columns), batch, blocks * rows * columns * batch
+        self.shape = (blocks * rows, blocks * columns)
+        self.structure = pb.BlockDiagonal(blocks)
+        bits = torch.randint(256, (-(-blocks * rows * columns // 8),), dtype=torch.uint8)
+        self.packed = PackedSigns(bits, self.structure, self.shape)
+        self.layer = PackedLinear(self.packed, GlobalScale(0.5), None, compact=True)
+        self.x = torch.randn(batch, blocks * columns)
+
+    def kernel(self) -> Tensor:
+        """The operator, as called from Python."""
+        _, rows, columns = self.sizes
+        return torch.ops.pibinn.packed_linear.default(
+            self.x, self.packed.bits, self.layer._scale[0].value, rows, columns
+        )
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The reference in torch operations."""
+        signs = unpack_signs(self.packed.bits, self.structure.compact_shape(self.shape), x.dtype)
+        return self.structure.linear(x, signs, self.shape) * self.layer._scale[0].value
+
+    def functions(self) -> dict[str, Function]:
+        """The kernel and its peers."""
+        blocks, rows, columns = self.sizes
+        parts, weight = self.x.view(-1, blocks, columns).transpose(0, 1), torch.randn(blocks, columns, rows)
+        half_parts, half = parts.bfloat16(), weight.bfloat16()
+        functions: dict[str, Function] = {
+            "kernel": self.kernel,
+            "bmm fp32": lambda: torch.bmm(parts, weight),
+            "bmm bf16": lambda: torch.bmm(half_parts, half),
+            "plain torch": lambda: self.plain(self.x),
+        }
+        if (*self.sizes, self.batch) in COMPILED:
+            compiled = torch.compile(self.plain, fullgraph=True)
+            functions["plain compiled"] = lambda: compiled(self.x)
+        if self.shape[0] * self.shape[1] <= DENSE_ELEMENTS:
+            functions |= dense_peers(self.packed.weight(torch.tensor([0.5]), False, torch.float32), self.x, self.sizes)
+        return functions
+
+
+class IssueBound:
+    """Loops that do nothing but look up and add: what one core can do at most, in the cache or in registers."""
+
+    def __init__(self) -> None:
+        self.lanes = LANES[kernel()]
+        flags = {4: "-msse2", 8: "-mavx2", 16: "-mavx512f"}[self.lanes]
+        source, compiler = Path(__file__).with_name("issue_bound.cpp"), shutil.which("g++") or "c++"
+        with tempfile.TemporaryDirectory() as folder:
+            library = f"{folder}/bound.so"
+            command = [compiler, "-O3", "-shared", "-fPIC", f"-DLANES={self.lanes}", flags, str(source), "-o", library]
+            subprocess.run(command, check=True)
+            self.loops = ctypes.CDLL(library)
+
+    def loop(self, batch: int) -> tuple[Function, float]:
+        """A loop, and the multiply-adds that one call of it stands for."""
+        if batch > self.lanes or self.lanes == 4:
+            return lambda: self.loops.lookups_in_memory(4_000), 4_000 * 8192 / 4 * COLUMNS_IN_MEMORY
+        return lambda: self.loops.lookups_in_registers(250_000), 1e6 * self.lanes * COLUMNS_IN_REGISTERS[self.lanes]
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy reads and writes."""
+    source, target = torch.randn(2, 2**25)
+    samples = interleaved({"copy": lambda: target.copy_(source)})["copy"]
+    return 2 * 4 * 2**25 / statistics.median(samples)
+
+
+def table_of_products() -> list[str]:
+    """One row a case: the kernel, then how many times longer each peer takes."""
+    issue_bound, rows, names = IssueBound(), [], []
+    for sizes in CASES:
+        case = Case(*sizes)
+        loop, macs_of_loop = issue_bound.loop(case.batch)
+        samples = interleaved({**case.functions(), "bound": loop})
+        medians = {name: statistics.median(values) for name, values in samples.items()}
+        low, _, high = statistics.quantiles(samples["kernel"], n=4)
+        rate, bound = case.macs / medians["kernel"], macs_of_loop / medians.pop("bound")
+        first = [
+            f"{sizes[0]} × {sizes[1]} × {sizes[2]}, {sizes[3]}",
+            f"{medians['kernel'] * 1e6:,.1f} ({low * 1e6:,.1f}–{high * 1e6:,.1f})",
+            f"{rate / 1e9:.1f}",
+            f"{case.packed.bits.numel():,}",
+            f"{bound / 1e9:.1f}",
+            f"{100 * rate / bound:.0f} %",
+        ]
+        rows.append((first, {name: medians[name] / medians["kernel"] for name in medians if name != "kernel"}))
+        names += [name for name in rows[-1][1] if name not in names]
+    header = [
+        "blocks × rows × columns, batch",
+        "kernel, µs (quartiles)",
+        "GMAC/s",
+        "weight bytes",
+        "bound, GMAC/s",
+        "share",
+    ]
+    lines = ["| " + " | ".join([*header, *names]) + " |", "|" + "---|" * len([*header, *names])]
+    for first, ratios in rows:
+        cells = [f"{ratios[name]:.1f}" if name in ratios else "–" for name in names]
+        lines.append("| " + " | ".join([*first, *cells]) + " |")
+    return lines
+
+
+def table_of_other_bars() -> list[str]:
+    """The layer as a module, shapes that fit no vector, and two threads."""
+    lines = ["| what | median ratio |", "|---|---|"]
+    small, product = Case(8, 64, 32, 1), BlockProduct(8, 64, 32)
+    samples = interleaved({"layer": lambda: small.layer(small.x), "bmm": lambda: product(small.x)})
+    lines.append(
+        f"| 8 × 64 × 32, batch 1, as modules: bmm fp32 / packed layer | {_ratio(samples, 'bmm', 'layer'):.2f} |"
+    )
+    for batch in (1, 64):
+        odd, even = Case(7, 250, 333, batch), Case(7, 256, 352, batch)
+        samples = interleaved({"odd": odd.kernel, "even": even.kernel})
+        ratio = _ratio(samples, "even", "odd") * odd.macs / even.macs
+        lines.append(f"| 7 × 250 × 333, batch {batch}: its rate / that of 7 × 256 × 352 | {ratio:.2f} |")
+    for sizes in ((64, 512, 512, 1), (64, 512, 512, 64), (64, 512, 256, 512)):
+        name = f"{sizes[0]} × {sizes[1]} × {sizes[2]}, batch {sizes[3]}"
+        lines.append(f"| {name}: one thread / two threads | {speedup_of_two_threads(Case(*sizes)):.2f} |")
+    return lines
+
+
+def speedup_of_two_threads(case: Case) -> float:
+    """One thread's time over that of two. Changing the number makes new threads, which is not what is measured."""
+    samples: dict[str, list[float]] = {"1": [], "2": []}
+    for _ in range(15):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for _ in range(3):
+                case.kernel()
+            start = time.perf_counter()
+            for _ in range(5):
+                case.kernel()
+            samples[str(threads)].append(time.perf_counter() - start)
+    torch.set_num_threads(1)
+    return _ratio(samples, "1", "2")
+
+
+def _ratio(samples: dict[str, list[float]], numerator: str, denominator: str) -> float:
+    return statistics.median(samples[numerator]) / statistics.median(samples[denominator])
+
+
+def main() -> None:
+    """Measure and write the tables."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        bandwidth, products, others = copy_bandwidth(), table_of_products(), table_of_other_bars()
+    lines = [
+        "# Products with one-bit weights",
+        "",
+        f"Written by `benchmarks/products.py`. {machine()} Path of the kernel: {kernel()}.",
+        "",
+        *NOTES,
+        f"A copy moves {bandwidth / 1e9:.1f} GB/s; load average of the machine at the end: {os.getloadavg()[0]:.1f}.",
+        "",
+        *products,
+        "",
+        *others,
+    ]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

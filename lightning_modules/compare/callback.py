@@ -1,0 +1,207 @@
+"""`BaselineQAT`: quantization-aware training of a baseline, the twin of `TwoStageQAT` in a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from typing_extensions import override
+
+from lightning_modules.compare.baselines import (
+    BaselineQuantizer,
+    ChannelWiseSign,
+    FloatWeight,
+    LayerWiseSign,
+    TernaryAbsMean,
+    TernaryTWN,
+    baseline_weights,
+)
+from lightning_modules.compare.dense_twin import RowError, densify
+from pibinn_plugin.initialization import Initialization, SignsFromPairs, start_float_weights
+from pibinn_plugin.schemes import native
+from pibinn_plugin.structure import Structure
+from pibinn_plugin.targets import resolve_targets
+
+__all__ = ["BASELINES", "SOLUTIONS", "BaselineQAT", "attach_baseline"]
+
+# Quantizer of a row, as a comparison names it, to what stands in front of each weight.
+BASELINES: dict[str, type[BaselineQuantizer]] = {
+    "fp32_dense": FloatWeight,
+    "fp32": FloatWeight,
+    "ternary_twn": TernaryTWN,
+    "ternary_b158": TernaryAbsMean,
+    "channel_wise": ChannelWiseSign,
+    "layer_wise": LayerWiseSign,
+    "parq": LayerWiseSign,
+    "zero_bit": FloatWeight,
+}
+
+SOLUTIONS = ("ridge", "box", "one_bit")  # of `start_float_weights`
+
+
+Start = Callable[[nn.Module, Mapping[str, Structure | None]], None]
+
+
+def attach_baseline(
+    model: nn.Module, targets: Mapping[str, Structure | None], quantizer: str, start: Start | None = None
+) -> None:
+    """Put baseline quantizers in front of the target weights of a model, in place.
+
+    ``fp32_dense`` takes every structure away first; ``zero_bit`` freezes the weights at their initial values.
+
+    Args:
+        model: any module.
+        targets: as of `pibinn_plugin.prepare`.
+        quantizer: a key of `BASELINES`.
+        start: sets the float weights that the targets name, before they are quantized.
+
+    Raises:
+        TargetError, StructureError: as by `pibinn_plugin.prepare` with its native scheme.
+        RowError: the baseline does not apply to these targets.
+        MisconfigurationException: no such quantizer.
+
+    Example:
+        >>> model = nn.Linear(3, 1, bias=False)
+        >>> attach_baseline(model, {"weight": None}, "layer_wise")
+        >>> model.weight.abs().unique().numel()
+        1
+    """
+    if quantizer not in BASELINES:
+        raise MisconfigurationException(f"unknown quantizer {quantizer!r}; expected one of {', '.join(BASELINES)}")
+    if quantizer == "fp32_dense":
+        targets = densify(model, targets)
+    resolved = resolve_targets(model, targets)
+    for target in resolved:  # all checks come before the first change: an error leaves the weights as they were
+        native.check(model, target)
+        if quantizer == "parq" and not target.compact and target.structure.nnz(target.shape) < target.parameter.numel():
+            raise RowError(f"PARQ quantizes whole tensors, and {target} is masked; use a compact layer")
+    if start is not None and quantizer != "zero_bit":
+        start(model, targets)
+    for target in resolved:
+        parametrize.register_parametrization(target.module, target.parameter_name, BASELINES[quantizer](target))
+    if quantizer == "zero_bit":
+        for _, latent, _ in baseline_weights(model):
+            latent.requires_grad_(False)
+
+
+class BaselineQAT(Callback):
+    """Train a baseline on the targets of `TwoStageQAT`: the same weights, structures and float warm-up.
+
+    The quantizers are put in front of the weights in ``setup``, before the optimizer is made. The latents train to the
+    last step: baselines whose scales follow from the latents have no second stage.
+
+    Args:
+        targets: pattern of parameter names of the LightningModule to structure, as of `TwoStageQAT`.
+        quantizer: a key of `BASELINES`; ``parq`` also needs the callback `lightning_modules.compare.parq.PARQ`.
+        quantization_start: an epoch (int), or a fraction of all optimizer steps (float). Until then the latents train
+            as float weights.
+        initialization: that of `TwoStageQAT`; the baseline starts from the same pairs. ``zero_bit`` does not.
+        solution: of the least-squares problem that these pairs pose, see `start_float_weights`.
+
+    Raises:
+        MisconfigurationException: no such quantizer, a model prepared otherwise, or a checkpoint of another quantizer.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> callback = BaselineQAT({"solver.layers.*.weight": None}, "ternary_b158")
+        >>> trainer = Trainer(callbacks=[callback], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, Structure | None],
+        quantizer: str,
+        quantization_start: int | float = 0,
+        initialization: Initialization | None = None,
+        solution: Literal["ridge", "box", "one_bit"] = "box",
+    ) -> None:
+        if initialization is not None and not isinstance(initialization, SignsFromPairs):
+            raise MisconfigurationException(
+                f"a baseline cannot start from a {type(initialization).__name__}: use SignsFromPairs, or start the "
+                f"solver's own weights at the operator and leave qat.initialization out"
+            )
+        self.targets, self.quantizer, self.quantization_start = dict(targets), quantizer, quantization_start
+        self.initialization, self.solution = initialization, solution
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        attached = [quantizer for _, _, quantizer in baseline_weights(pl_module)]
+        if not attached:
+            is_new = stage == "fit" and trainer.ckpt_path is None
+            start = partial(self._start, trainer) if is_new and self.initialization is not None else None
+            attach_baseline(pl_module, self.targets, self.quantizer, start)
+        elif not all(type(quantizer) is BASELINES[self.quantizer] for quantizer in attached):
+            raise MisconfigurationException(
+                f"the model was prepared before, with {type(attached[0]).__name__}; the callback asks for "
+                f"{self.quantizer!r}"
+            )
+
+    def _start(self, trainer: pl.Trainer, model: nn.Module, targets: Mapping[str, Structure | None]) -> None:
+        assert self.initialization is not None
+        named = {
+            target.name: target.structure
+            for target in resolve_targets(model, targets)
+            if fnmatchcase(target.name, self.initialization.weights)
+        }
+        # Lightning has attached the data and called its setup before that of callbacks.
+        batches = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        start_float_weights(model, named, _pairs(batches, self.initialization), self.solution)
+
+    @override
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._enable(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._enable(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._enable(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for _, _, quantizer in baseline_weights(pl_module):
+            quantizer.enabled.fill_(True)  # PARQ's weights have their two values by now
+
+    def _enable(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(self.quantization_start, int):
+            has_started = trainer.current_epoch >= self.quantization_start
+        else:
+            has_started = trainer.global_step >= self.quantization_start * trainer.estimated_stepping_batches
+        for _, _, quantizer in baseline_weights(pl_module):
+            # PARQ's optimizer quantizes, not the forward.
+            quantizer.enabled.fill_(has_started and self.quantizer != "parq")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"quantizer": self.quantizer}
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        theirs = checkpoint["callbacks"].get(self.state_key, {}).get("quantizer")
+        if theirs != self.quantizer:
+            raise MisconfigurationException(
+                f"the checkpoint was trained with the quantizer {theirs!r}; got {self.quantizer!r}"
+            )
+
+
+def _pairs(batches: Iterable[Any], initialization: SignsFromPairs) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs that the initialization of one-bit weights reads from the same batches."""
+    left = initialization.max_pairs
+    for batch in batches:
+        inputs, outputs = batch[initialization.inputs][:left], batch[initialization.outputs][:left]
+        yield inputs, outputs
+        if left is not None and (left := left - len(inputs)) == 0:
+            return

@@ -1,0 +1,104 @@
+"""The rows of a comparison: which quantizer, and what differs from the config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightning_modules.compare.callback import BASELINES, SOLUTIONS
+
+__all__ = ["QUANTIZERS", "Row", "read_rows"]
+
+QUANTIZERS = (*BASELINES, "global")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Args:
+        name: as the table shows it.
+        quantizer: ``global`` (TwoStageQAT as the config has it) or a baseline.
+        overrides: options of the command line, by their dotted names, that differ from the config.
+        starts: least-squares solutions that a baseline may start from where the config's one-bit weights start from
+            pairs (``ridge``, ``box``, ``one_bit``); the best on the validation set is taken, as of learning rates.
+            Unless given, those that its own weights can be: float ones, or for one-bit rows also the signs.
+
+    Raises:
+        MisconfigurationException: an unknown quantizer or start.
+
+    Example:
+        >>> Row("global, 19 layers", "global", {"model.solver.init_args.layers": 19}).options
+        ['--model.solver.init_args.layers=19']
+    """
+
+    name: str
+    quantizer: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    starts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.quantizer not in QUANTIZERS:
+            raise MisconfigurationException(
+                f"row {self.name!r}: unknown quantizer {self.quantizer!r}; expected one of {', '.join(QUANTIZERS)}"
+            )
+        if not set(self.starts) <= set(SOLUTIONS):
+            raise MisconfigurationException(
+                f"row {self.name!r}: starts {list(self.starts)}; expected some of {', '.join(SOLUTIONS)}"
+            )
+
+    @property
+    def options(self) -> list[str]:
+        """The overrides as options of the command line."""
+        return [
+            f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.overrides.items()
+        ]
+
+    @property
+    def tried_starts(self) -> tuple[str, ...]:
+        """The least-squares solutions to search among; none where the row has a start of its own."""
+        if self.quantizer in ("global", "zero_bit"):
+            return ()
+        return self.starts or (("box", "one_bit") if BASELINES[self.quantizer].bits == 1 else ("ridge", "box"))
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the learning rate of weights matters to it."""
+        return self.quantizer != "zero_bit"
+
+
+def read_rows(names: Sequence[str]) -> tuple[Row, ...]:
+    """Rows from the names of quantizers, or from one YAML file that maps names of rows to their fields.
+
+    Args:
+        names: such as ``["fp32", "global"]`` or ``["rows.yaml"]``; none for every quantizer.
+
+    Raises:
+        MisconfigurationException: an unknown quantizer or start, or a file that does not map rows to their fields.
+        FileNotFoundError: no such file.
+
+    Example:
+        >>> [row.name for row in read_rows(["fp32", "global"])]
+        ['fp32', 'global']
+    """
+    if len(names) != 1 or not names[0].endswith((".yaml", ".yml")):
+        return tuple(Row(name, name) for name in dict.fromkeys(names or QUANTIZERS))
+    content = yaml.safe_load(Path(names[0]).read_text())
+    try:
+        return tuple(_row(name, **(fields or {})) for name, fields in content.items())
+    except (TypeError, AttributeError) as error:
+        raise MisconfigurationException(
+            f"{names[0]} should map each row to its quantizer, overrides and starts: {error}"
+        ) from error
+
+
+def _row(
+    name: str, quantizer: str | None = None, overrides: dict[str, Any] | None = None, starts: Sequence[str] = ()
+) -> Row:
+    return Row(str(name), quantizer or str(name), dict(overrides or {}), tuple(starts))

@@ -1,0 +1,152 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace pibinn {
+namespace {
+
+constexpr int64_t SERIAL_PRODUCTS = 1 << 20;  // below so many multiply-adds a second thread costs more than it brings
+
+bool is_supported(const Path& path) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (&path == &avx512_path)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  if (&path == &avx2_path)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2");
+#endif
+  return true;
+}
+
+// Best first.
+const Path* const paths[] = {
+#if defined(__x86_64__)
+    &avx512_path,
+    &avx2_path,
+#endif
+    &portable_path,
+};
+
+// Memory of a thread, kept from call to call: asking the system for it anew costs more than a small product.
+char* scratch_of_thread(int64_t bytes) {
+  static thread_local std::unique_ptr<char, decltype(&std::free)> memory(nullptr, &std::free);
+  static thread_local int64_t size = 0;
+  if (bytes > size) {
+    size = (bytes + 4095) / 4096 * 4096;
+    memory.reset(static_cast<char*>(std::aligned_alloc(4096, size)));
+    if (!memory) {
+      size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return memory.get();
+}
+
+// How many outputs and samples a part has at most.
+struct Division {
+  int64_t outputs = PANEL, samples;
+};
+
+int64_t count_parts(const Problem& problem, const std::vector<Block>& blocks, const Division& division) {
+  int64_t panels = 0;
+  for (const Block& block : blocks) panels += (block.outputs(problem.transposed) + division.outputs - 1) / division.outputs;
+  return panels * ((problem.samples + division.samples - 1) / division.samples);
+}
+
+// As large as the caches allow, and small enough for every thread to have its share.
+Division divide(const Path& path, const Problem& problem, const std::vector<Block>& blocks, int64_t threads) {
+  Division division;
+  division.samples = 256;  // staged bits are used for so many
+  const int64_t least = 4 * threads;
+  while (threads > 1 && count_parts(problem, blocks, division) < least) {
+    if (division.samples > 8 * path.lanes && division.samples >= problem.samples / threads) {
+      division.samples /= 2;
+    } else if (division.outputs > 64) {
+      division.outputs /= 2;
+    } else {
+      break;
+    }
+  }
+  return division;
+}
+
+}  // namespace
+
+const Path* chosen_path() {
+  static const Path* const path = []() -> const Path* {
+    const char* variable = std::getenv("PIBINN_KERNEL");
+    const std::string name = variable ? variable : "";
+    if (name == "torch") return nullptr;
+    for (const Path* candidate : paths) {
+      if (name.empty() ? is_supported(*candidate) : name == candidate->name) {
+        if (!is_supported(*candidate))
+          throw std::runtime_error("PIBINN_KERNEL=" + name + ": this processor cannot run it");
+        return candidate;
+      }
+    }
+    throw std::runtime_error("PIBINN_KERNEL=" + name + ": expected torch, portable, avx2 or avx512");
+  }();
+  return path;
+}
+
+std::vector<Block> even_blocks(int64_t count, int64_t rows, int64_t columns, bool transposed) {
+  std::vector<Block> blocks(count);
+  for (int64_t b = 0; b < count; b++) {
+    const int64_t row = b * rows, column = b * columns;
+    blocks[b] = {row * columns, rows, columns, transposed ? row : column, transposed ? column : row};
+  }
+  return blocks;
+}
+
+std::vector<Block> uneven_blocks(const std::vector<int64_t>& rows, const std::vector<int64_t>& columns, bool transposed) {
+  std::vector<Block> blocks;
+  int64_t bit = 0, row = 0, column = 0;
+  for (size_t b = 0; b < rows.size(); b++) {
+    blocks.push_back({bit, rows[b], columns[b], transposed ? row : column, transposed ? column : row});
+    bit += rows[b] * columns[b];
+    row += rows[b];
+    column += columns[b];
+  }
+  return blocks;
+}
+
+void compute(const Path& path, const Problem& problem, const std::vector<Block>& blocks) {
+  int64_t products = 0, most_inputs = 0;
+  for (const Block& block : blocks) {
+    products += block.rows * block.columns * problem.samples;
+    most_inputs = std::max(most_inputs, block.inputs(problem.transposed));
+  }
+  const int64_t threads = products < SERIAL_PRODUCTS ? 1 : torch::stable::get_num_threads();
+  const Division division = divide(path, problem, blocks, threads);
+  const int64_t bytes = path.scratch_bytes(most_inputs);
+
+  std::vector<Part> parts;
+  parts.reserve(count_parts(problem, blocks, division));
+  for (const Block& block : blocks) {
+    const int64_t outputs = block.outputs(problem.transposed);
+    for (int64_t n = 0; n < problem.samples; n += division.samples)
+      for (int64_t o = 0; o < outputs; o += division.outputs)
+        parts.push_back({block, o, std::min(o + division.outputs, outputs), n,
+                         std::min(n + division.samples, problem.samples)});
+  }
+  const auto run = [&](int64_t begin, int64_t end) {
+    char* scratch = scratch_of_thread(bytes);
+    for (int64_t i = begin; i < end; i++) path.compute(problem, parts[i], scratch);
+  };
+  if (threads == 1) {
+    run(0, parts.size());
+  } else {
+    torch::stable::parallel_for(0, parts.size(), 1, run);
+  }
+}
+
+}  // namespace pibinn

@@ -1,0 +1,56 @@
+// What the paths of the kernel share: the problem, and the function that each path gives to compute a part of it.
+//
+// No standard C++ header may be included from a file that is compiled for one instruction set only: an inline function
+// of it, kept once for the whole library, would then be an illegal instruction elsewhere.
+#pragma once
+
+#include <stdint.h>
+
+namespace pibinn {
+
+enum class Scalar { float32, bfloat16, float16 };
+
+// y = scale * S x + bias, or scale * S^T x, for S in {-1, +1} in blocks; all pointers are to element 0 of sample 0.
+struct Problem {
+  const uint8_t* bits;  // one bit a weight, little-endian; set: +1
+  int64_t bytes;        // of bits
+  const char* input;
+  char* output;
+  const char* bias;  // may be null
+  Scalar scalar;     // of input, output and bias
+  int64_t input_stride, output_stride;  // elements from one sample to the next
+  int64_t samples;
+  float scale;
+  bool transposed;
+};
+
+// One block: rows x columns bits, row after row. Inputs are its columns, outputs its rows; transposed, the reverse.
+struct Block {
+  int64_t bit_start, rows, columns, input_start, output_start;
+
+  int64_t inputs(bool transposed) const { return transposed ? rows : columns; }
+  int64_t outputs(bool transposed) const { return transposed ? columns : rows; }
+};
+
+// Some outputs of a block for some samples: what one thread computes at a time.
+struct Part {
+  Block block;
+  int64_t output_begin, output_end, sample_begin, sample_end;
+};
+
+constexpr int64_t PANEL = 512;  // the most outputs of a part; a multiple of 32 vectors of any path
+
+struct Path {
+  const char* name;
+  int lanes;
+  int64_t (*scratch_bytes)(int64_t inputs);                             // that compute needs, for blocks of so many inputs
+  void (*compute)(const Problem&, const Part&, char* scratch);  // scratch is aligned to 64 bytes
+};
+
+extern const Path portable_path;
+#if defined(__x86_64__)
+extern const Path avx2_path;
+extern const Path avx512_path;
+#endif
+
+}  // namespace pibinn

@@ -1,0 +1,233 @@
+// The torch operators, through the stable ABI: one shared object for every torch from 2.11 on.
+
+#include "dispatch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace pibinn {
+namespace {
+
+#include "scalars.inc"
+
+namespace stable = torch::stable;
+using stable::detail::to;
+
+struct Delete {
+  void operator()(AtenTensorOpaque* tensor) const { aoti_torch_delete_tensor_object(tensor); }
+};
+// Handles and not stable::Tensor, whose shared ownership costs an allocation a tensor: a small product takes 1 µs.
+using Handle = std::unique_ptr<AtenTensorOpaque, Delete>;
+
+Handle take_tensor(StableIValue value) { return Handle(to<AtenTensorHandle>(value)); }
+
+Handle take_optional_tensor(StableIValue value) {
+  const auto tensor = to<std::optional<AtenTensorHandle>>(value);
+  return Handle(tensor ? *tensor : nullptr);
+}
+
+void check(AOTITorchError error) { STABLE_TORCH_ERROR_CODE_CHECK(error); }
+
+int32_t dtype_of(const Handle& tensor) {
+  int32_t dtype;
+  check(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+char* data_of(const Handle& tensor) {
+  void* data;
+  check(aoti_torch_get_data_ptr(tensor.get(), &data));
+  return static_cast<char*>(data);
+}
+
+struct Dimensions {
+  int64_t count;
+  int64_t *sizes, *strides;
+
+  explicit Dimensions(const Handle& tensor) {
+    check(aoti_torch_get_dim(tensor.get(), &count));
+    check(aoti_torch_get_sizes(tensor.get(), &sizes));
+    check(aoti_torch_get_strides(tensor.get(), &strides));
+  }
+
+  bool is_contiguous() const {
+    int64_t expected = 1;
+    for (int64_t i = count - 1; i >= 0; i--) {
+      if (sizes[i] != 1 && strides[i] != expected) return false;
+      expected *= sizes[i];
+    }
+    return true;
+  }
+
+  // Whether the samples lie at one distance from each other, and the elements of each side by side.
+  bool is_rows() const { return is_contiguous() || (count == 2 && strides[1] == 1); }
+};
+
+Scalar scalar_of(int32_t dtype) {
+  static const int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(),
+                       float16 = aoti_torch_dtype_float16();
+  if (dtype == float32) return Scalar::float32;
+  if (dtype == bfloat16) return Scalar::bfloat16;
+  STD_TORCH_CHECK(dtype == float16, "pibinn: expected float32, bfloat16 or float16");
+  return Scalar::float16;
+}
+
+// λ, or what GlobalScale makes of its parameter: never negative, at least the smallest normal number of its dtype.
+float value_of(const Handle& scale, bool absolute) {
+  const char* data = data_of(scale);
+  const Dimensions dimensions(scale);
+  STD_TORCH_CHECK(dimensions.count == 1 && dimensions.sizes[0] == 1, "pibinn: expected a scale of shape (1,)");
+  const Scalar scalar = scalar_of(dtype_of(scale));
+  float value;
+  read_floats(scalar, data, 0, 1, &value);
+  return absolute ? std::max(std::abs(value), scalar == Scalar::float16 ? 0x1p-14f : 0x1p-126f) : value;
+}
+
+// S x for the sign matrix of these blocks, times the scale, plus the bias; null stands for 1 and 0.
+AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, const Handle& bias,
+                         const std::vector<Block>& blocks, bool transposed, bool absolute_scale) {
+  int64_t inputs = 0, outputs = 0, weights = 0;
+  for (const Block& block : blocks) {
+    inputs += block.inputs(transposed);
+    outputs += block.outputs(transposed);
+    weights += block.rows * block.columns;
+  }
+  const Dimensions packed(bits);
+  STD_TORCH_CHECK(dtype_of(bits) == aoti_torch_dtype_uint8() && packed.is_contiguous() && packed.count == 1 &&
+                      packed.sizes[0] == (weights + 7) / 8,
+                  "pibinn: an input of ", inputs, " features stands for ", weights,
+                  " weights, which the bits are not");
+  Dimensions given(input);
+  STD_TORCH_CHECK(given.count > 0 && given.sizes[given.count - 1] == inputs, "pibinn: expected an input of ", inputs,
+                  " features, got ", given.count ? given.sizes[given.count - 1] : 0);
+  if (!given.is_rows()) {
+    AtenTensorHandle copy;
+    check(aoti_torch_new_tensor_handle(stable::contiguous(stable::Tensor(input.release())).get(), &copy));
+    input.reset(copy);
+    given = Dimensions(input);
+  }
+
+  const int32_t dtype = dtype_of(input);
+  std::vector<int64_t> sizes(given.sizes, given.sizes + given.count), strides(given.count);
+  sizes.back() = outputs;
+  int64_t elements = 1;
+  for (int64_t i = given.count - 1; i >= 0; i--) {
+    strides[i] = elements;
+    elements *= sizes[i];
+  }
+  AtenTensorHandle result;
+  check(aoti_torch_empty_strided(given.count, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &result));
+  Handle output(result);
+  if (elements == 0) return output.release();
+
+  Problem problem;
+  problem.bits = reinterpret_cast<const uint8_t*>(data_of(bits));
+  problem.bytes = packed.sizes[0];
+  problem.input = data_of(input);
+  problem.output = data_of(output);
+  problem.bias = nullptr;
+  problem.scalar = scalar_of(dtype);
+  problem.samples = elements / outputs;
+  problem.input_stride = given.is_contiguous() ? inputs : given.strides[0];
+  problem.output_stride = outputs;
+  problem.scale = scale ? value_of(scale, absolute_scale) : 1.0f;
+  problem.transposed = transposed;
+  if (bias) {
+    const Dimensions shape(bias);
+    STD_TORCH_CHECK(dtype_of(bias) == dtype && shape.count == 1 && shape.sizes[0] == outputs && shape.is_contiguous(),
+                    "pibinn: expected a bias of shape (", outputs, ",), contiguous, of the dtype of the input");
+    problem.bias = data_of(bias);
+  }
+  compute(*chosen_path(), problem, blocks);
+  return output.release();
+}
+
+std::vector<Block> take_even_blocks(const Handle& input, StableIValue rows_value, StableIValue columns_value,
+                                    bool transposed) {
+  const int64_t rows = to<int64_t>(rows_value), columns = to<int64_t>(columns_value);
+  STD_TORCH_CHECK(rows > 0 && columns > 0, "pibinn: expected blocks of at least one row and one column");
+  const Dimensions given(input);
+  const int64_t features = given.count > 0 ? given.sizes[given.count - 1] : 0, inputs = transposed ? rows : columns;
+  STD_TORCH_CHECK(features > 0 && features % inputs == 0, "pibinn: expected an input with a multiple of ", inputs,
+                  " features, got ", features);
+  return even_blocks(features / inputs, rows, columns, transposed);
+}
+
+std::vector<Block> take_uneven_blocks(StableIValue rows_value, StableIValue columns_value, bool transposed) {
+  const auto rows = to<std::vector<int64_t>>(rows_value), columns = to<std::vector<int64_t>>(columns_value);
+  STD_TORCH_CHECK(rows.size() == columns.size(), "pibinn: expected as many rows as columns");
+  return uneven_blocks(rows, columns, transposed);
+}
+
+// Every handle is taken before anything can throw: what is taken is also given back.
+
+template <bool Even>
+void packed_linear(StableIValue* stack, uint64_t, uint64_t) {
+  Handle input = take_tensor(stack[0]);
+  const Handle bits = take_tensor(stack[1]), scale = take_tensor(stack[2]), bias = take_optional_tensor(stack[5]);
+  const bool transposed = to<bool>(stack[6]), signed_scale = to<bool>(stack[7]);
+  const auto blocks = Even ? take_even_blocks(input, stack[3], stack[4], transposed)
+                           : take_uneven_blocks(stack[3], stack[4], transposed);
+  stack[0] = stable::detail::from(product(std::move(input), bits, scale, bias, blocks, transposed, !signed_scale));
+}
+
+template <bool Even>
+void sign_product(StableIValue* stack, uint64_t, uint64_t) {
+  Handle input = take_tensor(stack[0]);
+  const Handle bits = take_tensor(stack[1]);
+  const bool transposed = to<bool>(stack[4]);
+  const auto blocks = Even ? take_even_blocks(input, stack[2], stack[3], transposed)
+                           : take_uneven_blocks(stack[2], stack[3], transposed);
+  stack[0] = stable::detail::from(product(std::move(input), bits, nullptr, nullptr, blocks, transposed, false));
+}
+
+}  // namespace
+}  // namespace pibinn
+
+// packed_linear has the scale and the bias in it and no gradient; sign_product is linear and has one, given in Python.
+// Rows and columns are those of each block. An unsigned scale is what GlobalScale makes of its parameter. What has a
+// default is last: each argument that a call passes costs as much as a hundred multiply-adds.
+STABLE_TORCH_LIBRARY(pibinn, m) {
+  m.def(
+      "packed_linear(Tensor input, Tensor bits, Tensor scale, int rows, int columns, Tensor? bias=None, "
+      "bool transposed=False, bool signed_scale=False) -> Tensor");
+  m.def(
+      "packed_linear.uneven(Tensor input, Tensor bits, Tensor scale, int[] rows, int[] columns, Tensor? bias=None, "
+      "bool transposed=False, bool signed_scale=False) -> Tensor");
+  m.def("sign_product(Tensor input, Tensor bits, int rows, int columns, bool transposed=False) -> Tensor");
+  m.def("sign_product.uneven(Tensor input, Tensor bits, int[] rows, int[] columns, bool transposed=False) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pibinn, CPU, m) {
+  m.impl("packed_linear", &pibinn::packed_linear<true>);
+  m.impl("packed_linear.uneven", &pibinn::packed_linear<false>);
+  m.impl("sign_product", &pibinn::sign_product<true>);
+  m.impl("sign_product.uneven", &pibinn::sign_product<false>);
+}
+
+// Raised with every change of the operators above: Python leaves a shared object that was built before it alone.
+extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 1; }
+
+// The name of the path in use, for Python; an error as its message, which starts with PIBINN_KERNEL.
+extern "C" __attribute__((visibility("default"))) const char* pibinn_kernel() {
+  static std::string name;
+  try {
+    const pibinn::Path* path = pibinn::chosen_path();
+    name = path ? path->name : "torch";
+  } catch (const std::exception& error) {
+    name = error.what();
+  }
+  return name.c_str();
+}

@@ -1,0 +1,10 @@
+// The portable path: what every processor can run.
+#include "kernel.h"
+
+#define LANES 4
+#define VECTORS 2
+#include "path.inc"
+
+namespace pibinn {
+extern const Path portable_path{"portable", LANES, scratch_bytes, compute};
+}  // namespace pibinn

@@ -1,0 +1,122 @@
+"""The verb ``analyze`` on a small run: tables, plots, the float twin, and errors of one line."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_modules.analyze import newest_sign_history
+from lightning_modules.cli import main
+from pibinn_plugin.analysis.sign_history import SignHistory
+
+CONFIG = Path(__file__).parents[2] / "configs" / "sparse_recovery.yaml"
+PLOTS = ["bounds.png", "convergence.png", "signs.png", "spectra.png"]
+
+
+def call(verb, *options):
+    """Run one verb on the small config of the working directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lightning_modules", verb, "--config", "small.yaml", *options])
+        main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a small version of the committed config and its run: 40 training examples, again and again."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = yaml.safe_load(CONFIG.read_text())
+    operator = {
+        "class_path": "lightning_modules.operators.SignBlocks",
+        "init_args": {"blocks": 2, "rows": 8, "columns": 16},
+    }
+    config["model"]["solver"]["init_args"] = {"operator": operator, "layers": 3}
+    config["data"]["init_args"] |= {
+        "operator": operator, "train_examples": 128, "training_pairs": 40, "batch_size": 32, "evaluation_examples": 64
+    }  # fmt: skip
+    config["trainer"] |= {"max_epochs": 1, "default_root_dir": "run", "enable_progress_bar": False}
+    (folder / "small.yaml").write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        call("fit")
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    """Run one verb in a copy of that folder."""
+    shutil.copytree(trained, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return call
+
+
+def error_of(run, capsys, *arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(*arguments)
+    assert exit.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_tables_and_plots(run, capsys):
+    run("analyze", "--target_gap", "0.2")
+    printed = capsys.readouterr().out
+    assert "no float twin: run_float_twin/checkpoints/last.ckpt does not exist" in printed
+    assert "float, trained" not in printed
+    assert sorted(path.name for path in Path("run/analysis").iterdir()) == PLOTS
+    for title in (
+        "Convergence, side by side", "Convergence certificate: one-bit", "Convergence certificate: plain ISTA",
+        "Spectral contraction", "Geometry of the weights", "Generalization", "Signs during training",
+    ):  # fmt: skip
+        assert printed.count(f"== {title}") == 1
+    for layer in range(3):
+        assert f"solver.layers.{layer}.weight: one-bit global" in printed
+    assert "N for a gap of 0.2" in printed
+    assert "Assumed: 40 training examples" in printed  # each counts once
+    assert "VACUOUS at N = 40" in printed
+
+
+def test_the_float_twin_beside_the_run_is_compared(run, capsys):
+    run("fit", "--float_twin", "true")
+    capsys.readouterr()
+    run("analyze")
+    printed = capsys.readouterr().out
+    assert "no float twin" not in printed
+    assert "== Convergence certificate: float twin" in printed
+    assert "solver.layers.2.weight: float, trained" in printed
+
+
+def test_what_cannot_be_analyzed_is_one_line(run, capsys):
+    assert "there is no checkpoint none.ckpt" in error_of(run, capsys, "analyze", "--ckpt_path", "none.ckpt")
+    assert "float twin has no one-bit weights" in error_of(run, capsys, "analyze", "--float_twin", "true")
+    deeper = ("--model.solver.init_args.layers", "4")
+    assert "is the checkpoint of another network" in error_of(run, capsys, "analyze", *deeper)
+
+
+def test_other_solvers_are_refused_in_one_line(run, capsys):
+    config = yaml.safe_load(Path("small.yaml").read_text())
+    config["model"]["solver"] = {
+        "class_path": "lightning_modules.solvers.hidden_lista.HiddenLISTA",
+        "init_args": {"channels": 8, "layers": 2, "stride": 4, "groups": 2},
+    }
+    config["qat"]["targets"] = {"solver.*_convolution*.weight": None}
+    # As many unknowns as measurements: HiddenLISTA keeps the length of a signal.
+    config["data"]["init_args"]["operator"]["init_args"] = {"blocks": 1, "rows": 16, "columns": 16}
+    Path("small.yaml").write_text(yaml.safe_dump(config))
+    run("fit")
+    assert "HiddenLISTA has no operator, layers" in error_of(run, capsys, "analyze")
+
+
+def test_the_newest_log_with_signs_is_found(tmp_path):
+    assert newest_sign_history(tmp_path) is None
+    for version, flipped in ((0, 0.1), (1, 0.2)):
+        folder = tmp_path / "lightning_logs" / f"version_{version}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text(f"epoch,qat/flipped,qat/scale,qat/stage\n0,{flipped},0.5,1.0\n")
+    later = tmp_path / "lightning_logs" / "version_2"
+    later.mkdir()
+    (later / "metrics.csv").write_text("epoch,test/NMSE\n0,-9.0\n")
+    assert newest_sign_history(tmp_path) == SignHistory((0,), (0.2,), (0.5,), ("signs",))

@@ -1,0 +1,120 @@
+"""The committed imaging configs through the command line, in small and on generated images."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import pibinn_plugin as pb
+from lightning_modules.block_patterns import BlockPatterns, LearnedBlockPatterns
+from lightning_modules.cli import main
+from lightning_modules.data.bsds500 import BSD68
+from lightning_modules.modules import SolverModule
+from lightning_modules.solvers.support_lista import SupportLISTA
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Smooth images with an edge in the three folders of the data set."""
+    root = tmp_path_factory.mktemp("images")
+    names = [("train", "1"), ("test", "2"), ("val", "8023"), *(("val", name) for name in sorted(BSD68))]
+    random = np.random.default_rng(0)
+    for part, name in names:
+        (root / part).mkdir(exist_ok=True)
+        steps = random.standard_normal((33, 25)).cumsum(0).cumsum(1)
+        steps[:, random.integers(5, 20) :] += 20
+        grey = 255 * (steps - steps.min()) / np.ptp(steps)
+        Image.fromarray(np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)).save(root / part / f"{name}.jpg")
+    return root
+
+
+def patterns(kind, **arguments):
+    init_args = {"block_size": 8, "measurements": 16, **arguments}
+    return {"class_path": f"lightning_modules.block_patterns.{kind}", "init_args": init_args}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, images):
+    """Run a verb on a small version of a committed config, inside ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name, verb, *options):
+        config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        solver, data = config["model"]["solver"]["init_args"], config["data"]["init_args"]
+        solver |= {"stages": 2, "channels": min(solver["channels"], 4)}
+        if "operator" in solver:
+            learned = solver["operator"]["class_path"].endswith("LearnedBlockPatterns")
+            solver["operator"] = patterns("LearnedBlockPatterns") if learned else patterns("BlockPatterns", seed=0)
+            data["operator"] = patterns("BlockPatterns", seed=0)
+        data |= {"data_dir": str(images), "patch_size": 24, "batch_size": 4, "train_patches": 32}
+        config["trainer"] |= {"max_epochs": 2, "default_root_dir": "run", "enable_progress_bar": False}
+        Path("small.yaml").write_text(yaml.safe_dump(config))
+        monkeypatch.setattr(sys, "argv", ["lightning_modules", verb, "--config", "small.yaml", *options])
+        main()
+
+    return call
+
+
+def last_checkpoint(folder="run"):
+    return torch.load(f"{folder}/checkpoints/last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [
+        ("bsds_denoising", None),
+        ("single_pixel", BlockPatterns(8, 16)),
+        ("single_pixel_uncalibrated", LearnedBlockPatterns(8, 16)),
+    ],
+)
+def test_fit_test_convert(run, capsys, name, operator):
+    run(name, "fit")
+    run(name, "test")
+    printed = capsys.readouterr().out
+    assert "test/PeakSignalNoiseRatio" in printed and "test/StructuralSimilarityIndexMeasure" in printed
+    assert Path("run/images.png").stat().st_size > 1000
+    run(name, "convert")
+    config = yaml.safe_load(Path("small.yaml").read_text())["model"]["solver"]["init_args"]
+    solver = SupportLISTA(**{**config, "operator": operator} if operator else config)
+    packed = pb.load("run/solver.safetensors", into=solver)
+    scale = last_checkpoint()["state_dict"]["pibinn_scale.value"].abs()
+    assert pb.global_scale(packed)().item() == pytest.approx(scale.item())
+    y = torch.rand(1, 1, 24, 24) if operator is None else torch.rand(1, 16, 3, 3)
+    assert packed(y).shape == (1, 1, 24, 24)
+
+
+def test_uncalibrated_patterns_start_at_the_signs_of_the_device(run):
+    run("single_pixel_uncalibrated", "fit", "--data.init_args.calibration_patches", "32",
+        "--data.init_args.noise_level", "0.01", "--model.learning_rate", "0.0")  # fmt: skip
+    latents = last_checkpoint()["state_dict"]["solver.operator.parametrizations.weight.original"]
+    agreement = (latents.sign() == BlockPatterns(8, 16).patterns.sign()).float().mean()
+    assert agreement > 0.95
+
+
+def cut_power_in_epoch_one(module):
+    if module.current_epoch == 1:
+        raise RuntimeError("power cut")
+
+
+def test_a_stopped_run_resumes_to_the_same_checkpoint(run):
+    run("bsds_denoising", "fit")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(SolverModule, "on_train_epoch_start", cut_power_in_epoch_one)
+        run("bsds_denoising", "fit", "--trainer.default_root_dir", "other")
+    run("bsds_denoising", "fit", "--trainer.default_root_dir", "other", "--ckpt_path", "last")
+    whole, resumed = (last_checkpoint(folder)["state_dict"] for folder in ("run", "other"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole if "_extra_state" not in key)
+
+
+def test_without_learned_filters_as_the_config_says(run):
+    options = ["--float_twin", "true", "--model.solver.init_args.channels", "0"]
+    run("bsds_denoising", "fit", *options)
+    run("bsds_denoising", "test", *options)
+    names = set(last_checkpoint("run_float_twin")["state_dict"])
+    assert names == {f"solver.{name}" for name in ("log_thresholds", "gradient_step_sizes", "pilot_weights")}

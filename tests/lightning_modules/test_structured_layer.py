@@ -1,0 +1,49 @@
+"""structured_layer: it is the matrix it starts at, in the structure of its support, and a target of None fits it."""
+
+import pytest
+import torch
+
+import pibinn_plugin as pb
+from lightning_modules.operators import BlockOperator, CircularConvolution, GaussianBlocks, SparseSigns, operator_blocks
+from lightning_modules.solvers.structured_layer import structured_layer
+
+OPERATORS = {
+    "blocks": (GaussianBlocks(3, 2, 4), pb.BlockDiagonal),
+    "one block": (GaussianBlocks(1, 3, 5), None),
+    "hidden blocks": (BlockOperator(torch.block_diag(torch.ones(2, 3), torch.ones(1, 2))[None]), pb.BlockDiagonal),
+    "band": (BlockOperator(torch.ones(1, 4, 4).tril().triu(-1)), pb.Banded),
+    "mask": (SparseSigns(6, 9, 2), pb.Mask),
+    "circulant": (CircularConvolution([1.0, 2.0, 3.0], [8]), pb.Mask),
+}
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_it_starts_as_the_matrix_and_keeps_its_structure(kind):
+    operator, structure = OPERATORS[kind]
+    adjoint = operator_blocks(operator).mT
+    layer = structured_layer(adjoint)
+    y = torch.randn(4, operator.shape[0])
+    torch.testing.assert_close(layer(y), operator.A_adjoint(y))
+    assert isinstance(getattr(layer, "structure", None), structure or type(None))
+    assert layer.weight.is_contiguous()
+    if len(adjoint) == 1:
+        assert layer.weight.numel() == adjoint.count_nonzero()
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_one_bit_weights_stay_inside_the_structure(kind):
+    operator, _ = OPERATORS[kind]
+    adjoint = operator_blocks(operator).mT
+    model = pb.prepare(torch.nn.Sequential(structured_layer(adjoint)), {"0.weight": None})
+    y = torch.randn(4, operator.shape[0])
+    signs = torch.block_diag(*adjoint).sign() * pb.global_scale(model)()
+    torch.testing.assert_close(model(y), y @ signs.T)
+    torch.testing.assert_close(pb.convert(model)(y), y @ signs.T)
+
+
+def test_layers_made_from_one_matrix_have_weights_of_their_own():
+    blocks = torch.ones(2, 3, 4)
+    first, second = structured_layer(blocks), structured_layer(blocks)
+    with torch.no_grad():
+        first.weight.zero_()
+    assert second.weight.min() == blocks.min() == 1

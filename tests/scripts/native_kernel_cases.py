@@ -1,0 +1,101 @@
+"""Products of one path of the native kernel against float64, in memory that ends where the tensors end.
+
+``PIBINN_KERNEL=avx2 python native_kernel_cases.py`` prints the path and the largest error in units of the allowed one;
+a read past the end of the bits or of the input is a segmentation fault.
+"""
+
+import ctypes
+import itertools
+import mmap
+import random
+
+import torch
+
+from pibinn_plugin.bits import pack_bits
+from pibinn_plugin.functional import kernel
+
+# Of the sum of magnitudes of an output: the rounding of the result in this dtype, and of a sum in float32.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8 + 1e-6, torch.float16: 2**-11 + 1e-6}
+SIZES = [
+    (1, 1, 1),
+    (2, 3, 5),
+    (8, 64, 32),
+    (3, 33, 70),
+    (1, 250, 333),
+    (1, 600, 40),
+    (1, 40, 600),
+    (5, 8, 8),
+    (1, 97, 64),
+]
+SAMPLES = (1, 6, 7, 13, 33)
+
+
+class GuardedMemory:
+    """Memory whose last byte is followed by a page that nobody may read."""
+
+    def __init__(self, size):
+        page = mmap.PAGESIZE
+        self.size = -(-size // page) * page
+        self.memory = mmap.mmap(-1, self.size + page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(ctypes.c_void_p(address + self.size), ctypes.c_size_t(page), 0) == 0
+
+    def copy(self, tensor):
+        """The tensor, its last element at the end."""
+        if tensor.numel() == 0:
+            return tensor
+        count = tensor.numel()
+        start = self.size - count * tensor.element_size()
+        flat = torch.frombuffer(self.memory, dtype=tensor.dtype, count=count, offset=start)
+        return flat.copy_(tensor.flatten()).view(tensor.shape)
+
+
+def error(memory, blocks, samples, dtype, transposed, strided):
+    """One random product, with and without a bias; its error in units of the allowed one."""
+    signs = [torch.randint(0, 2, sizes) * 2 - 1 for sizes in blocks]
+    rows, columns = ([sizes[i] for sizes in blocks] for i in (0, 1))
+    matrix = torch.block_diag(*(block.double() for block in signs)) if all(rows + columns) else _with_empty(signs)
+    matrix = 0.37 * (matrix.T if transposed else matrix)
+    bits = memory[0].copy(pack_bits(torch.cat([block.flatten() for block in signs]) > 0))
+    outputs, inputs = matrix.shape
+    input = torch.randn(samples, 2 * inputs if strided else inputs).to(dtype)
+    input = memory[1].copy(input)[:, -inputs:]
+    bias = torch.randn(outputs).to(dtype) if samples % 2 else None
+    operator, sizes = torch.ops.pibinn.packed_linear.uneven, (rows, columns)
+    if len(set(blocks)) == 1 and all(blocks[0]):
+        operator, sizes = torch.ops.pibinn.packed_linear.default, blocks[0]
+    output = operator(input, bits, torch.tensor([0.37]), *sizes, bias, transposed)
+    assert output.dtype == dtype
+    offset = 0.0 if bias is None else bias.double()
+    expected = input.double() @ matrix.T + offset
+    magnitude = input.double().abs() @ matrix.abs().T + abs(offset) + 1e-30
+    return ((output.double() - expected).abs() / magnitude).max().item() / TOLERANCE[dtype]
+
+
+def _with_empty(signs):
+    """``torch.block_diag`` drops what blocks without rows or without columns are to keep."""
+    matrix = torch.zeros(sum(len(block) for block in signs), sum(block.shape[1] for block in signs), dtype=torch.double)
+    row = column = 0
+    for block in signs:
+        matrix[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return matrix
+
+
+def main():
+    """Run every case and print the result."""
+    random.seed(0)
+    torch.manual_seed(0)
+    memory, worst = (GuardedMemory(1 << 17), GuardedMemory(1 << 20)), 0.0
+    for (count, *sizes), samples, transposed in itertools.product(SIZES, SAMPLES, (False, True)):
+        worst = max(worst, error(memory, [tuple(sizes)] * count, samples, torch.float32, transposed, False))
+    for _ in range(80):
+        blocks = [(random.randint(0, 99), random.randint(0, 99)) for _ in range(random.randint(1, 4))] + [(3, 2)]
+        dtype, transposed, strided = random.choice(list(TOLERANCE)), random.random() < 0.5, random.random() < 0.5
+        worst = max(worst, error(memory, blocks, random.choice(SAMPLES), dtype, transposed, strided))
+    print(kernel(), f"{worst:.3f}")
+
+
+if __name__ == "__main__":
+    main()
