@@ -47,7 +47,7 @@ NOTES = (
     "additions alone, from the first cache or (batches below a vector) from registers. The columns after it are peers",
     "on the same shapes: how many times longer they take than the kernel, medians of interleaved runs. `torch.bmm` has",
     "its weight in the layout that is fastest for it, and its input cut into blocks beforehand. Dense peers run where",
-    "the dense weight fits.",
+    "the dense weight fits. A share above 100 % says that the loop is no tight bound on this machine.",
 )
 
 Function = Callable[[], object]

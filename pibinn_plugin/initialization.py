@@ -6,7 +6,7 @@ prepared model. `start_float_weights` gives float and other baselines their own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 
@@ -46,12 +46,14 @@ class SignsFromPairs:
 
     For a weight that stands for a physical operator, pairs are (unknowns, measurements). Every weight that is named
     gets the same start; λ is that of the whole network, so weights that are not named keep their signs and get it too.
+    A subclass whose pairs are not simply entries of a batch overrides `read`.
 
     Args:
         inputs: where a batch holds the inputs of the weight, (batch, columns): an index, or a key.
         outputs: where it holds what the weight should map them to, (batch, rows).
         max_pairs: read no more than these, on each rank; all batches unless given.
         weights: pattern of the names that the weights had before the model was prepared; all weights unless given.
+        scale: λ, where it is known; estimated unless given.
 
     Example:
         >>> import pibinn_plugin as pb
@@ -64,11 +66,39 @@ class SignsFromPairs:
     """
 
     def __init__(
-        self, inputs: int | str = 1, outputs: int | str = 0, max_pairs: int | None = None, weights: str = "*"
+        self,
+        inputs: int | str = 1,
+        outputs: int | str = 0,
+        max_pairs: int | None = None,
+        weights: str = "*",
+        scale: float | None = None,
     ) -> None:
         if max_pairs is not None and max_pairs < 1:
             raise PIBiNNError(f"max_pairs={max_pairs}: expected at least one pair, or None for all")
         self.inputs, self.outputs, self.max_pairs, self.weights = inputs, outputs, max_pairs, weights
+        self.scale = scale
+
+    def read(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The inputs (pairs, columns) and the outputs (pairs, rows) of a batch.
+
+        Raises:
+            PIBiNNError: a batch without such entries.
+        """
+        return _entry(batch, self.inputs, "inputs"), _entry(batch, self.outputs, "outputs")
+
+    def pairs(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The inputs and outputs of batch after batch, up to ``max_pairs``.
+
+        Example:
+            >>> [len(inputs) for inputs, outputs in SignsFromPairs(max_pairs=5).pairs([torch.ones(2, 3, 4)] * 9)]
+            [3, 2]
+        """
+        left = self.max_pairs
+        for batch in batches:
+            inputs, outputs = (values[:left] for values in self.read(batch))
+            yield inputs, outputs
+            if left is not None and (left := left - len(inputs)) == 0:
+                return
 
     def __call__(
         self, model: nn.Module, batches: Iterable[Any], sum_over_ranks: Callable[[Tensor], Tensor] | None = None
@@ -78,20 +108,15 @@ class SignsFromPairs:
         Raises:
             TargetError: no weight of that name, or weights of several shapes or structures.
             PIBiNNError: batches without such entries, entries of other shapes, no pairs, or values that are not finite.
-            ScaleError: outputs that the inputs say nothing of.
+            ScaleError: a scale that is not positive, or outputs that the inputs say nothing of.
         """
         weights = _named_weights(model, self.weights)
-        latent = weights[0].latent
-        statistics = PairStatistics(*_common_structure(weights), latent.dtype, latent.device)
-        for batch in batches:
-            pairs = (_entry(batch, self.inputs, "inputs"), _entry(batch, self.outputs, "outputs"))
-            left = None if self.max_pairs is None else self.max_pairs - statistics.pairs
-            statistics.add(*(values[:left] for values in pairs))
-            if statistics.pairs == self.max_pairs:
-                break
+        statistics = PairStatistics(*_common_structure(weights), weights[0].latent.device)
+        for inputs, outputs in self.pairs(batches):
+            statistics.add(inputs, outputs)
         if sum_over_ranks is not None:
             statistics.reduce(sum_over_ranks)
-        _start(model, weights, one_bit_weights(statistics))
+        _start(model, weights, one_bit_weights(statistics, self.scale))
 
 
 class SignsFromOperator:
@@ -171,6 +196,7 @@ def start_float_weights(
     targets: Targets,
     pairs: Iterable[tuple[Tensor, Tensor]],
     solution: Literal["ridge", "box", "one_bit"] = "box",
+    scale: float | None = None,
 ) -> None:
     """Give float weights the start that one-bit weights get from pairs: for twins and baselines that are compared.
 
@@ -179,11 +205,12 @@ def start_float_weights(
         targets: pattern of parameter names to structure, see `resolve_targets`; all of one structure and shape.
         pairs: batches of inputs (pairs, columns) and outputs (pairs, rows) of the weight.
         solution: of one least-squares problem: `ridge_weights`, `box_weights`, or the latents of `one_bit_weights`.
+        scale: λ of the last two, where it is known; estimated unless given.
 
     Raises:
         TargetError: no weight of that name, or weights of several shapes or structures.
         PIBiNNError: an unknown solution, pairs of other shapes, no pairs, or values that are not finite.
-        ScaleError: outputs that the inputs say nothing of.
+        ScaleError: a scale that is not positive, or outputs that the inputs say nothing of.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -193,13 +220,13 @@ def start_float_weights(
     """
     found = resolve_targets(model, targets)
     structure, shape = _one_of([(target.structure, target.shape) for target in found], [str(each) for each in found])
-    statistics = PairStatistics(structure, shape, found[0].parameter.dtype, found[0].parameter.device)
+    statistics = PairStatistics(structure, shape, found[0].parameter.device)
     for inputs, outputs in pairs:
         statistics.add(inputs, outputs)
     if solution == "ridge":
         weight = ridge_weights(statistics)
     elif solution in ("box", "one_bit"):
-        weight = (box_weights if solution == "box" else one_bit_weights)(statistics).latent
+        weight = (box_weights if solution == "box" else one_bit_weights)(statistics, scale).latent
     else:
         raise PIBiNNError(f"unknown solution {solution!r}; expected 'ridge', 'box' or 'one_bit'")
     for target in found:

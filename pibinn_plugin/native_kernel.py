@@ -2,7 +2,8 @@
 
 It is an optional shared object, ``_kernel``, built from ``csrc/`` where there is a compiler. Its operators, in the
 namespace ``pibinn``, take blocks of signs as they are stored, on a CPU, and activations of 32 or 16 bits:
-``packed_linear``, with λ and bias and without gradients, and ``sign_product``, linear and differentiable.
+``packed_linear``, with λ and bias and without gradients, ``packed_linear_int8``, the same with int8 activations, and
+``sign_product``, linear and differentiable.
 
 The environment variable ``PIBINN_KERNEL`` (``torch``, ``portable``, ``avx2``, ``avx512``) forces a path.
 """
@@ -26,7 +27,7 @@ from pibinn_plugin.structure import BlockDiagonal, Dense, Shape, Structure, matr
 # The rows and the columns of each block: one number where all blocks are equal.
 Blocks = tuple[int, int] | tuple[tuple[int, ...], tuple[int, ...]]
 
-_INTERFACE = 1  # of the shared object; raised with every change of its operators
+_INTERFACE = 2  # of the shared object; raised with every change of its operators
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -125,10 +126,19 @@ def packed_linear(
     return FUSED[type(rows)](input, bits, scale, rows, columns, bias, transposed, True)
 
 
+def packed_linear_int8(
+    input: Tensor, bits: Tensor, scale: Tensor, activation_scales: Tensor, bias: Tensor | None, blocks: Blocks
+) -> Tensor:
+    """``λ s S round(x / s) + b`` for blocks S and a scale s of each sample: float32, contiguous, normal or NaN."""
+    rows, columns = blocks
+    return INT8[type(rows)](input, bits, scale, activation_scales, rows, columns, bias)
+
+
 def _register() -> None:
     """What traces, compiles and differentiates: the shapes of results, and the gradient, which is the transpose."""
     for name in ("", ".uneven"):
         torch.library.register_fake(f"pibinn::packed_linear{name}", _fake_packed_linear)
+        torch.library.register_fake(f"pibinn::packed_linear_int8{name}", _fake_packed_linear_int8)
         torch.library.register_fake(f"pibinn::sign_product{name}", _fake_sign_product)
         torch.library.register_autograd(f"pibinn::sign_product{name}", _backward, setup_context=_save)
 
@@ -144,6 +154,18 @@ def _fake_packed_linear(
     signed_scale: bool = False,
 ) -> Tensor:
     return _fake_sign_product(input, bits, rows, columns, transposed)
+
+
+def _fake_packed_linear_int8(
+    input: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    activation_scales: Tensor,
+    rows: int | Sequence[int],
+    columns: int | Sequence[int],
+    bias: Tensor | None = None,
+) -> Tensor:
+    return _fake_sign_product(input, bits, rows, columns)
 
 
 def _fake_sign_product(
@@ -169,8 +191,10 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, Non
 _KERNEL = _load()
 # The operators for equal and for uneven blocks, by the type of the rows of `Blocks`.
 FUSED: dict[type, Any] = {}
+INT8: dict[type, Any] = {}
 PRODUCT: dict[type, Any] = {}
 if _KERNEL != "torch":
     _register()
     FUSED |= {int: torch.ops.pibinn.packed_linear.default, tuple: torch.ops.pibinn.packed_linear.uneven}
+    INT8 |= {int: torch.ops.pibinn.packed_linear_int8.default, tuple: torch.ops.pibinn.packed_linear_int8.uneven}
     PRODUCT |= {int: torch.ops.pibinn.sign_product.default, tuple: torch.ops.pibinn.sign_product.uneven}

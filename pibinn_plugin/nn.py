@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from pibinn_plugin import native_kernel
-from pibinn_plugin.functional import packed_linear, packed_linear_adjoint
+from pibinn_plugin.errors import PIBiNNError
+from pibinn_plugin.functional import packed_linear, packed_linear_adjoint, packed_linear_int8
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.structure import Banded, BlockDiagonal, Shape, Structure
@@ -172,6 +173,8 @@ class _PackedLayer(StructureInStateDict, nn.Module):
 class PackedLinear(_PackedLayer):
     """A linear layer on packed signs: ``y = λ (S ⊙ M) x + b``, input ``(..., columns)``, output ``(..., rows)``."""
 
+    int8_activations = False  # how the layer runs, not what it is: in no state dict or file
+
     def __init__(self, packed: PackedSigns, scale: GlobalScale, bias: Tensor | None, compact: bool) -> None:
         super().__init__(packed, scale, bias, compact)
         structure = packed.structure
@@ -180,6 +183,8 @@ class PackedLinear(_PackedLayer):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
+        if self.int8_activations:
+            return packed_linear_int8(input, self.bits, self._scale[0](), self.structure, self.shape, self.bias)
         if self._blocks is not None and "bias" in self._parameters and not torch.is_grad_enabled():
             # One call of the kernel, λ's parameter and the bias with it: more Python than this takes more time than
             # a small product.
@@ -198,6 +203,35 @@ class PackedLinear(_PackedLayer):
         """Whether products with this input multiply packed signs; elsewhere they unpack the weight, each time."""
         is_in_blocks = native_kernel.blocks_of(self.structure, self.shape) is not None
         return is_in_blocks and native_kernel.can_run(input, self.bits, self._scale[0].value, None)
+
+
+def use_int8_activations(model: nn.Module, enabled: bool = True) -> None:
+    """Have every `PackedLinear` of a model round its input to int8, with a scale for each sample, or stop doing so.
+
+    Inference alone, and less than exact: `functional.packed_linear_int8` has the formula and bounds of the error.
+    Adjoints, convolutions and weights that are unpacked in front of their module stay exact. It is a choice of how a
+    model runs: files, state dicts and what `export` writes know nothing of it.
+
+    Args:
+        model: what ``convert`` returned; changed in place.
+        enabled: False brings the exact products back.
+
+    Raises:
+        PIBiNNError: the model has no `PackedLinear`.
+
+    Example:
+        >>> import pibinn_plugin as pb
+        >>> model = pb.convert(pb.prepare(nn.Sequential(nn.Linear(16, 8)), {"0.weight": None}))
+        >>> use_int8_activations(model)
+        >>> with torch.no_grad():
+        ...     model(torch.randn(3, 16)).shape
+        torch.Size([3, 8])
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    if not layers:
+        raise PIBiNNError("the model has no PackedLinear, which alone has int8 activations; did you convert it?")
+    for layer in layers:
+        layer.int8_activations = enabled
 
 
 class PackedConv(_PackedLayer):

@@ -1,14 +1,13 @@
 """Regression of outputs on inputs with one-bit weights: ``Y ≈ λ (S ⊙ M) X`` for signs S inside a structure M.
 
-Three solutions of one least-squares problem, each the start of the next: `ridge_weights` (float), `box_weights` (float,
-``|V| ≤ λ``) and `one_bit_weights` (signs and λ). They see pairs through `PairStatistics` only: Gram matrices of the
-structural nonzeros, whose memory is that of the blocks of a structure, not of rows × columns.
+Three solutions of one least-squares problem: `ridge_weights` (float), `box_weights` (float, ``|V| ≤ λ``) and, from its
+signs, `one_bit_weights` (signs and λ). They see pairs through `PairStatistics` only: Gram matrices of the structural
+nonzeros, whose memory is that of the blocks of a structure, not of rows × columns.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +18,11 @@ from pibinn_plugin.errors import PIBiNNError, ScaleError
 from pibinn_plugin.structure import Shape, Structure
 from pibinn_plugin.structure.base import matrix_shape
 
-BOX_STEPS, STEPS_FOR_EACH_SCALE, FLIP_ROUNDS = 600, 50, 20
+BOX_STEPS, RELAXATION = 600, 1.6
+SMALLEST_PENALTY = 1e-5  # of ADMM, in units of the largest eigenvalue
+UNSEEN = 1e-12  # eigenvalues below, in units of the largest, are rounding
+NOISE_RATIOS = torch.logspace(-12, 3, 61, dtype=torch.float64)  # σ² / λ², in units of the mean eigenvalue
+FLIP_ROUNDS = 60
 SMALLEST_LATENT = 0.2  # of λ: what the regression leaves near zero must still be able to change its sign in training
 
 
@@ -49,12 +52,12 @@ class PairStatistics:
     """What least squares needs of pairs (x, y) with ``y ≈ W x``: sums over pairs, added batch by batch.
 
     Every structure is taken apart into dense blocks: rows with the same columns. Memory is the sum over the blocks of
-    columns² + rows · columns, which for a mask without equal rows is up to rows · columns².
+    columns² + rows · columns, which for a mask without equal rows is up to rows · columns². They are float64: the
+    eigenvalues of XᵀX may span ten orders of magnitude, as those of blocks of natural images do.
 
     Args:
         structure: M.
         shape: of the dense weight; one of more than two dimensions is seen as its matrix.
-        dtype: of the sums; at least float32.
         device: of the sums.
 
     Raises:
@@ -68,17 +71,10 @@ class PairStatistics:
         (5, torch.Size([2, 3, 3]))
     """
 
-    def __init__(
-        self,
-        structure: Structure,
-        shape: Shape,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, structure: Structure, shape: Shape, device: torch.device | str | None = None) -> None:
         structure.check(shape)
         self.structure, self.shape, self.pairs = structure, tuple(shape), 0
-        dtype = torch.promote_types(dtype, torch.float32)
-        self.groups = list(_row_groups(structure, self.shape, dtype, device))
+        self.groups = list(_row_groups(structure, self.shape, device))
 
     @torch.no_grad()
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
@@ -120,9 +116,7 @@ class PairStatistics:
         return flat.reshape(self.structure.compact_shape(self.shape))
 
 
-def _row_groups(
-    structure: Structure, shape: Shape, dtype: torch.dtype, device: torch.device | str | None
-) -> Iterator[RowGroups]:
+def _row_groups(structure: Structure, shape: Shape, device: torch.device | str | None) -> Iterator[RowGroups]:
     rows, columns = matrix_shape(shape)
     positions, order = structure.positions(shape).sort()
     column_of, nonzeros = positions % columns, torch.bincount(positions // columns, minlength=rows)
@@ -140,8 +134,8 @@ def _row_groups(
                 alike[members].to(device),
                 patterns[chosen].to(device),
                 order[elements[members]].to(device),
-                torch.zeros(len(chosen), c, c, dtype=dtype, device=device),
-                torch.zeros(len(chosen), r, c, dtype=dtype, device=device),
+                torch.zeros(len(chosen), c, c, dtype=torch.float64, device=device),
+                torch.zeros(len(chosen), r, c, dtype=torch.float64, device=device),
             )
 
 
@@ -159,43 +153,59 @@ def ridge_weights(statistics: PairStatistics) -> Tensor:
         >>> statistics = PairStatistics(Dense(), (1, 2))
         >>> statistics.add(torch.eye(2).repeat(500, 1), torch.tensor([[3.0], [-1.0]]).repeat(500, 1))
         >>> ridge_weights(statistics).round(decimals=1)
-        tensor([[ 3., -1.]])
+        tensor([[ 3., -1.]], dtype=torch.float64)
     """
-    return statistics.compact(_ridge(statistics))
+    penalty = _mean_power(statistics)
+    weights = []
+    for group in statistics.groups:
+        identity = torch.eye(group.gram.shape[-1], dtype=group.gram.dtype, device=group.gram.device)
+        weights.append(torch.linalg.solve(group.gram + penalty * identity, group.cross.mT).mT)
+    return statistics.compact(weights)
 
 
 @torch.no_grad()
-def box_weights(statistics: PairStatistics) -> OneBitStart:
-    """The float weight that minimises ``‖Y - V X‖²`` over ``|V| ≤ λ``, with the λ that fits ``sign(V)`` best.
+def box_weights(statistics: PairStatistics, scale: float | None = None) -> OneBitStart:
+    """The float weight that minimises ``‖Y - V X‖²`` over ``|V| ≤ λ``, by ADMM.
 
-    Projected FISTA (Beck and Teboulle, SIAM J. Imaging Sciences 2, 2009) from the ridge solution; λ is estimated anew
-    every 50 of 600 steps, and the last steps are with the last λ.
+    A gradient method takes as many steps as the eigenvalues of XᵀX span; ADMM in their eigenvectors (Boyd et al.,
+    Foundations and Trends in Machine Learning 3, 2011), over-relaxed, does not mind.
+
+    Args:
+        statistics: of the pairs.
+        scale: λ, where it is known. Otherwise that of the largest likelihood (MacKay, "Bayesian Interpolation", Neural
+            Computation 4, 1992) for signs that are independent of the inputs: ``Yᵀ X u / √μ ~ N(0, λ² μ + σ²)`` for
+            every eigenvector u of XᵀX, of eigenvalue μ.
 
     Raises:
         PIBiNNError: no pairs, or inputs that are all zero.
-        ScaleError: outputs that the inputs say nothing of, such as zeros.
+        ScaleError: a scale that is not positive, or outputs that the inputs say nothing of, such as zeros.
 
     Example:
         >>> from pibinn_plugin.structure import Dense
         >>> statistics = PairStatistics(Dense(), (1, 2))
         >>> statistics.add(torch.eye(2).repeat(9, 1), torch.tensor([[3.0], [-1.0]]).repeat(9, 1))
-        >>> box_weights(statistics).latent
-        tensor([[ 2., -1.]])
+        >>> box_weights(statistics, scale=2.0).latent
+        tensor([[ 2., -1.]], dtype=torch.float64)
     """
-    weights, scale = _box(statistics)
+    weights, scale = _box(statistics, scale)
     return OneBitStart(statistics.compact(weights), scale)
 
 
 @torch.no_grad()
-def one_bit_weights(statistics: PairStatistics) -> OneBitStart:
+def one_bit_weights(statistics: PairStatistics, scale: float | None = None) -> OneBitStart:
     """Signs S and λ that make ``‖Y - λ (S ⊙ M) X‖²`` small, as latents ``S · max(|V|, 0.2 λ)`` in compact form.
 
-    S is the sign of the box solution V after up to 20 rounds of greedy descent, each of which flips in every row the
+    S is the sign of the box solution V after up to 60 rounds of greedy descent, each of which flips in every row the
     one sign that lowers the error most; the exact problem is NP-hard.
+
+    Args:
+        statistics: of the pairs.
+        scale: λ, where it is known. Otherwise that of `box_weights` finds the signs, and the λ that fits them best is
+            returned.
 
     Raises:
         PIBiNNError: no pairs, or inputs that are all zero.
-        ScaleError: outputs that the inputs say nothing of, such as zeros.
+        ScaleError: a scale that is not positive, or outputs that the inputs say nothing of, such as zeros.
 
     Example:
         >>> from pibinn_plugin.structure import BlockDiagonal
@@ -207,15 +217,15 @@ def one_bit_weights(statistics: PairStatistics) -> OneBitStart:
         >>> torch.equal(start.latent.sign(), operator.sign()), round(start.scale, 3)
         (True, 0.5)
     """
-    weights, scale = _box(statistics)
-    signs = [_signs(weight) for weight in weights]
+    weights, bound = _box(statistics, scale)
+    signs = [torch.where(weight >= 0, 1.0, -1.0).to(weight) for weight in weights]
     for index, group in enumerate(statistics.groups):
         for _ in range(FLIP_ROUNDS):
-            flipped = flip_one_sign_a_row(signs[index], group.gram, group.cross, scale)
+            flipped = flip_one_sign_a_row(signs[index], group.gram, group.cross, bound)
             if torch.equal(flipped, signs[index]):
                 break
             signs[index] = flipped
-    scale = _fitting_scale(statistics, signs)
+    scale = _fitting_scale(statistics, signs) if scale is None else scale
     latents = [one_bit_latent(sign, weight, scale) for sign, weight in zip(signs, weights, strict=True)]
     return OneBitStart(statistics.compact(latents), scale)
 
@@ -246,58 +256,70 @@ def flip_one_sign_a_row(signs: Tensor, gram: Tensor, cross: Tensor, scale: float
     return signs.scatter(-1, where, torch.where(lowers, -1.0, 1.0).to(signs) * signs.gather(-1, where))
 
 
-def _ridge(statistics: PairStatistics) -> list[Tensor]:
+def _mean_power(statistics: PairStatistics) -> float:
+    """Of an input."""
     if statistics.pairs == 0:
         raise PIBiNNError("no pairs: give at least one input with its output")
     energies = [group.gram.diagonal(dim1=-2, dim2=-1) for group in statistics.groups]
-    penalty = sum(float(energy.sum()) for energy in energies) / sum(energy.numel() for energy in energies)
-    penalty /= statistics.pairs
-    if penalty == 0:
+    energy = sum(float(energy.sum()) for energy in energies) / sum(energy.numel() for energy in energies)
+    if energy == 0:
         raise PIBiNNError(f"the inputs of all {statistics.pairs} pairs are zero: no weight can be found from them")
-    weights = []
-    for group in statistics.groups:
-        identity = torch.eye(group.gram.shape[-1], dtype=group.gram.dtype, device=group.gram.device)
-        weights.append(torch.linalg.solve(group.gram + penalty * identity, group.cross.mT).mT)
-    return weights
+    return energy / statistics.pairs
 
 
-def _box(statistics: PairStatistics) -> tuple[list[Tensor], float]:
-    weights = _ridge(statistics)
-    steps = [1 / torch.linalg.eigvalsh(group.gram)[:, -1:, None].clamp_min(1e-30) for group in statistics.groups]
-    for _ in range(BOX_STEPS // STEPS_FOR_EACH_SCALE):
-        scale = _fitting_scale(statistics, [_signs(weight) for weight in weights])
-        weights = [
-            _projected_fista(weight, group, step, scale)
-            for weight, group, step in zip(weights, statistics.groups, steps, strict=True)
-        ]
-    return weights, scale
+def _box(statistics: PairStatistics, scale: float | None) -> tuple[list[Tensor], float]:
+    _mean_power(statistics)  # raises where there is nothing to solve
+    spectra = [torch.linalg.eigh(group.gram) for group in statistics.groups]
+    scale = _positive(_likely_scale(statistics.groups, spectra) if scale is None else scale)
+    return [_admm(group, spectrum, scale) for group, spectrum in zip(statistics.groups, spectra, strict=True)], scale
 
 
-def _projected_fista(weight: Tensor, group: RowGroups, step: Tensor, scale: float) -> Tensor:
-    weight = weight.clamp(-scale, scale)
-    extrapolated, momentum = weight, 1.0
-    for _ in range(STEPS_FOR_EACH_SCALE):
-        previous = weight
-        weight = (extrapolated - step * (extrapolated @ group.gram - group.cross)).clamp(-scale, scale)
-        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-        extrapolated = weight + (momentum - 1) / following * (weight - previous)
-        momentum = following
-    return weight
+def _admm(group: RowGroups, spectrum: tuple[Tensor, Tensor], bound: float) -> Tensor:
+    eigenvalues, eigenvectors = spectrum
+    largest = eigenvalues[:, -1:]
+    median = torch.where(eigenvalues > UNSEEN * largest, eigenvalues, torch.nan).nanmedian(-1, keepdim=True).values
+    # A block whose inputs are all zero has no eigenvalue, and any penalty will do.
+    penalty = median.nan_to_num(1.0).maximum(SMALLEST_PENALTY * largest).unsqueeze(-1)
+    inverse = eigenvectors / (eigenvalues.clamp_min(0).unsqueeze(-2) + penalty) @ eigenvectors.mT
+    boxed, dual = torch.zeros_like(group.cross), torch.zeros_like(group.cross)
+    for _ in range(BOX_STEPS):
+        free = (group.cross + penalty * (boxed - dual)) @ inverse
+        relaxed = RELAXATION * free + (1 - RELAXATION) * boxed
+        boxed = (relaxed + dual).clamp(-bound, bound)
+        dual = dual + relaxed - boxed
+    return boxed
 
 
-def _signs(weight: Tensor) -> Tensor:
-    return torch.where(weight >= 0, 1.0, -1.0).to(weight)
+def _likely_scale(groups: list[RowGroups], spectra: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The λ of the largest likelihood of ``Yᵀ X u / √μ ~ N(0, λ² μ + σ²)``, see `box_weights`."""
+    found = []
+    for group, (eigenvalues, eigenvectors) in zip(groups, spectra, strict=True):
+        seen = eigenvalues > UNSEEN * eigenvalues[:, -1:]
+        energies = (group.cross @ eigenvectors).square().sum(-2)[seen] / eigenvalues[seen]
+        found.append((eigenvalues[seen], energies, torch.full_like(energies, group.cross.shape[-2])))
+    spectrum, energies, rows = (torch.cat(values) for values in zip(*found, strict=True))
+    noises = (NOISE_RATIOS * float(spectrum.mean())).tolist()
+    # For a given σ² / λ² the best λ² is a mean.
+    squares = torch.stack([(energies / (spectrum + noise)).sum() / rows.sum() for noise in noises])
+    losses = torch.stack([(rows * (spectrum + noise).log()).sum() for noise in noises]) + rows.sum() * squares.log()
+    # Where eigenvalues are alike, any σ² explains the outputs as well: of those within a factor e² of the largest
+    # likelihood, the smallest.
+    return float(squares[losses <= losses.min() + 4][0].sqrt())
 
 
 def _fitting_scale(statistics: PairStatistics, signs: list[Tensor]) -> float:
     """The λ that minimises ``‖Y - λ S X‖²``: ``⟨Y, S X⟩ / ‖S X‖²``."""
     agreement = energy = 0.0
     for group, sign in zip(statistics.groups, signs, strict=True):
-        agreement += float((sign * group.cross).sum(dtype=torch.float64))
-        energy += float((sign @ group.gram * sign).sum(dtype=torch.float64))
-    if not 0 < agreement < float("inf") or not 0 < energy < float("inf"):
+        agreement += float((sign * group.cross).sum())
+        energy += float((sign @ group.gram * sign).sum())
+    return _positive(agreement / energy)
+
+
+def _positive(scale: float) -> float:
+    if not 0 < scale < float("inf"):
         raise ScaleError(
-            f"the pairs give no positive scale (⟨Y, S X⟩ = {agreement:.3g}, ‖S X‖² = {energy:.3g}): are inputs and "
-            f"outputs what the weight maps from and to?"
+            f"the scale of the pairs is {scale:.3g}; expected a positive one: are inputs and outputs what the weight "
+            f"maps from and to?"
         )
-    return agreement / energy
+    return scale

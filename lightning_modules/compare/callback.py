@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
@@ -102,7 +102,8 @@ class BaselineQAT(Callback):
         quantizer: a key of `BASELINES`; ``parq`` also needs the callback `lightning_modules.compare.parq.PARQ`.
         quantization_start: an epoch (int), or a fraction of all optimizer steps (float). Until then the latents train
             as float weights.
-        initialization: that of `TwoStageQAT`; the baseline starts from the same pairs. ``zero_bit`` does not.
+        initialization: that of `TwoStageQAT`; the baseline starts from the same pairs, and the same scale where that
+            is known. ``zero_bit`` does not.
         solution: of the least-squares problem that these pairs pose, see `start_float_weights`.
 
     Raises:
@@ -124,8 +125,8 @@ class BaselineQAT(Callback):
     ) -> None:
         if initialization is not None and not isinstance(initialization, SignsFromPairs):
             raise MisconfigurationException(
-                f"a baseline cannot start from a {type(initialization).__name__}: use SignsFromPairs, or start the "
-                f"solver's own weights at the operator and leave qat.initialization out"
+                f"a baseline cannot start from a {type(initialization).__name__}: use SignsFromPairs or a "
+                f"subclass, or start the solver's own weights at the operator and leave qat.initialization out"
             )
         self.targets, self.quantizer, self.quantization_start = dict(targets), quantizer, quantization_start
         self.initialization, self.solution = initialization, solution
@@ -152,7 +153,8 @@ class BaselineQAT(Callback):
         }
         # Lightning has attached the data and called its setup before that of callbacks.
         batches = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-        start_float_weights(model, named, _pairs(batches, self.initialization), self.solution)
+        pairs, scale = self.initialization.pairs(batches), self.initialization.scale
+        start_float_weights(model, named, pairs, self.solution, scale)
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -195,13 +197,3 @@ class BaselineQAT(Callback):
             raise MisconfigurationException(
                 f"the checkpoint was trained with the quantizer {theirs!r}; got {self.quantizer!r}"
             )
-
-
-def _pairs(batches: Iterable[Any], initialization: SignsFromPairs) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs that the initialization of one-bit weights reads from the same batches."""
-    left = initialization.max_pairs
-    for batch in batches:
-        inputs, outputs = batch[initialization.inputs][:left], batch[initialization.outputs][:left]
-        yield inputs, outputs
-        if left is not None and (left := left - len(inputs)) == 0:
-            return

@@ -22,6 +22,8 @@ struct Problem {
   int64_t samples;
   float scale;
   bool transposed;
+  // Of each sample, where its inputs are rounded to int8 multiples of it; null where they are taken as they are.
+  const float* activation_scales;
 };
 
 // One block: rows x columns bits, row after row. Inputs are its columns, outputs its rows; transposed, the reverse.

@@ -25,6 +25,8 @@ namespace {
 namespace stable = torch::stable;
 using stable::detail::to;
 
+constexpr int64_t MOST_INT8_INPUTS = 1 << 24;  // sums of so many stay within 32 bits
+
 struct Delete {
   void operator()(AtenTensorOpaque* tensor) const { aoti_torch_delete_tensor_object(tensor); }
 };
@@ -95,12 +97,14 @@ float value_of(const Handle& scale, bool absolute) {
   return absolute ? std::max(std::abs(value), scalar == Scalar::float16 ? 0x1p-14f : 0x1p-126f) : value;
 }
 
-// S x for the sign matrix of these blocks, times the scale, plus the bias; null stands for 1 and 0.
-AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, const Handle& bias,
-                         const std::vector<Block>& blocks, bool transposed, bool absolute_scale) {
-  int64_t inputs = 0, outputs = 0, weights = 0;
+// S x for the sign matrix of these blocks, times the scale, plus the bias; null stands for 1 and 0. With activation
+// scales, one a sample, x is rounded to int8 multiples of them.
+AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, const Handle& activation_scales,
+                         const Handle& bias, const std::vector<Block>& blocks, bool transposed, bool absolute_scale) {
+  int64_t inputs = 0, outputs = 0, weights = 0, most_inputs = 0;
   for (const Block& block : blocks) {
     inputs += block.inputs(transposed);
+    most_inputs = std::max(most_inputs, block.inputs(transposed));
     outputs += block.outputs(transposed);
     weights += block.rows * block.columns;
   }
@@ -144,6 +148,17 @@ AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, 
   problem.output_stride = outputs;
   problem.scale = scale ? value_of(scale, absolute_scale) : 1.0f;
   problem.transposed = transposed;
+  problem.activation_scales = nullptr;
+  if (activation_scales) {
+    const Dimensions scales(activation_scales);
+    int64_t count = 1;
+    for (int64_t i = 0; i < scales.count; i++) count *= scales.sizes[i];
+    STD_TORCH_CHECK(scalar_of(dtype_of(activation_scales)) == Scalar::float32 && scales.is_contiguous() &&
+                        count == problem.samples && most_inputs < MOST_INT8_INPUTS,
+                    "pibinn: expected ", problem.samples, " activation scales, contiguous, in float32, and fewer than ",
+                    MOST_INT8_INPUTS, " columns in a block");
+    problem.activation_scales = reinterpret_cast<const float*>(data_of(activation_scales));
+  }
   if (bias) {
     const Dimensions shape(bias);
     STD_TORCH_CHECK(dtype_of(bias) == dtype && shape.count == 1 && shape.sizes[0] == outputs && shape.is_contiguous(),
@@ -180,7 +195,18 @@ void packed_linear(StableIValue* stack, uint64_t, uint64_t) {
   const bool transposed = to<bool>(stack[6]), signed_scale = to<bool>(stack[7]);
   const auto blocks = Even ? take_even_blocks(input, stack[3], stack[4], transposed)
                            : take_uneven_blocks(stack[3], stack[4], transposed);
-  stack[0] = stable::detail::from(product(std::move(input), bits, scale, bias, blocks, transposed, !signed_scale));
+  stack[0] = stable::detail::from(product(std::move(input), bits, scale, nullptr, bias, blocks, transposed, !signed_scale));
+}
+
+template <bool Even>
+void packed_linear_int8(StableIValue* stack, uint64_t, uint64_t) {
+  Handle input = take_tensor(stack[0]);
+  const Handle bits = take_tensor(stack[1]), scale = take_tensor(stack[2]), activation_scales = take_tensor(stack[3]);
+  const Handle bias = take_optional_tensor(stack[6]);
+  const auto blocks =
+      Even ? take_even_blocks(input, stack[4], stack[5], false) : take_uneven_blocks(stack[4], stack[5], false);
+  stack[0] =
+      stable::detail::from(product(std::move(input), bits, scale, activation_scales, bias, blocks, false, false));
 }
 
 template <bool Even>
@@ -190,13 +216,14 @@ void sign_product(StableIValue* stack, uint64_t, uint64_t) {
   const bool transposed = to<bool>(stack[4]);
   const auto blocks = Even ? take_even_blocks(input, stack[2], stack[3], transposed)
                            : take_uneven_blocks(stack[2], stack[3], transposed);
-  stack[0] = stable::detail::from(product(std::move(input), bits, nullptr, nullptr, blocks, transposed, false));
+  stack[0] = stable::detail::from(product(std::move(input), bits, nullptr, nullptr, nullptr, blocks, transposed, false));
 }
 
 }  // namespace
 }  // namespace pibinn
 
 // packed_linear has the scale and the bias in it and no gradient; sign_product is linear and has one, given in Python.
+// packed_linear_int8 rounds each sample to int8 multiples of its activation scale; its scale is a signed one.
 // Rows and columns are those of each block. An unsigned scale is what GlobalScale makes of its parameter. What has a
 // default is last: each argument that a call passes costs as much as a hundred multiply-adds.
 STABLE_TORCH_LIBRARY(pibinn, m) {
@@ -206,6 +233,12 @@ STABLE_TORCH_LIBRARY(pibinn, m) {
   m.def(
       "packed_linear.uneven(Tensor input, Tensor bits, Tensor scale, int[] rows, int[] columns, Tensor? bias=None, "
       "bool transposed=False, bool signed_scale=False) -> Tensor");
+  m.def(
+      "packed_linear_int8(Tensor input, Tensor bits, Tensor scale, Tensor activation_scales, int rows, int columns, "
+      "Tensor? bias=None) -> Tensor");
+  m.def(
+      "packed_linear_int8.uneven(Tensor input, Tensor bits, Tensor scale, Tensor activation_scales, int[] rows, "
+      "int[] columns, Tensor? bias=None) -> Tensor");
   m.def("sign_product(Tensor input, Tensor bits, int rows, int columns, bool transposed=False) -> Tensor");
   m.def("sign_product.uneven(Tensor input, Tensor bits, int[] rows, int[] columns, bool transposed=False) -> Tensor");
 }
@@ -213,12 +246,14 @@ STABLE_TORCH_LIBRARY(pibinn, m) {
 STABLE_TORCH_LIBRARY_IMPL(pibinn, CPU, m) {
   m.impl("packed_linear", &pibinn::packed_linear<true>);
   m.impl("packed_linear.uneven", &pibinn::packed_linear<false>);
+  m.impl("packed_linear_int8", &pibinn::packed_linear_int8<true>);
+  m.impl("packed_linear_int8.uneven", &pibinn::packed_linear_int8<false>);
   m.impl("sign_product", &pibinn::sign_product<true>);
   m.impl("sign_product.uneven", &pibinn::sign_product<false>);
 }
 
 // Raised with every change of the operators above: Python leaves a shared object that was built before it alone.
-extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 1; }
+extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 2; }
 
 // The name of the path in use, for Python; an error as its message, which starts with PIBINN_KERNEL.
 extern "C" __attribute__((visibility("default"))) const char* pibinn_kernel() {

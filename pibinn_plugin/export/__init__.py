@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pibinn_plugin.errors import ExportError, PIBiNNError
 from pibinn_plugin.export.float_layers import unwrap_packed_tensors
 from pibinn_plugin.export.verify import verify
+from pibinn_plugin.nn import PackedLinear
 from pibinn_plugin.packing import packed_signs_of
 from pibinn_plugin.workflow import convert, quantized_weights
 
@@ -91,6 +92,9 @@ def packed_copy(model: nn.Module) -> nn.Module:
     else:
         raise PIBiNNError("the model has no one-bit weight to export; prepare and train it first")
     packed = packed.cpu().eval().requires_grad_(False)
+    for module in packed.modules():
+        if isinstance(module, PackedLinear):
+            module.int8_activations = False  # a choice of how the model runs here
     unwrap_packed_tensors(packed)
     return packed
 

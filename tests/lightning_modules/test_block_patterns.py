@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import pibinn_plugin as pb
 from lightning_modules.block_patterns import BlockPatterns, LearnedBlockPatterns
-from lightning_modules.pattern_calibration import SignsFromBlocks, block_pairs, box_least_squares
+from lightning_modules.pattern_calibration import SignsFromBlocks, block_pairs
 
 
 @settings(deadline=None, max_examples=20)
@@ -70,9 +70,9 @@ def test_pairs_are_those_of_the_operator():
 
 
 def recovered(truth, x):
-    """The patterns learned from patches x in two batches, and λ."""
+    """The patterns learned from patches x in two batches."""
     learned = pb.prepare(LearnedBlockPatterns(truth.block_size, truth.shape[0]), {"weight": None})
-    SignsFromBlocks("weight")(learned, [(truth.A(part), part) for part in (x[:1], x[1:])])
+    SignsFromBlocks(truth.block_size)(learned, [(truth.A(part), part) for part in (x[:1], x[1:])])
     return learned.weight.detach()
 
 
@@ -91,23 +91,20 @@ def test_patterns_are_recovered_from_smooth_images():
     torch.testing.assert_close(recovered(truth, x), truth.patterns)
 
 
-@settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 10**6), bound=st.floats(0.05, 2))
-def test_box_least_squares_meets_its_optimality_conditions(seed, bound):
-    generator = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(12, size, generator=generator, dtype=torch.float64) for size in (6, 3))
-    solution = box_least_squares(x.T @ x, y.T @ x, bound)
-    gradient = solution @ x.T @ x - y.T @ x
-    assert float(solution.abs().max()) <= bound
-    at_upper, at_lower = solution > bound - 1e-6, solution < -bound + 1e-6
-    assert gradient[~at_upper & ~at_lower].abs().sum() < 1e-4
-    assert (gradient[at_upper] < 1e-4).all() and (gradient[at_lower] > -1e-4).all()
+def test_blocks_are_read_up_to_their_number():
+    x = torch.rand(3, 1, 8, 16)
+    pairs = list(SignsFromBlocks(4, max_pairs=10).pairs([(BlockPatterns(4, 5).A(x), x)] * 2))
+    assert [(len(inputs), len(outputs)) for inputs, outputs in pairs] == [(10, 10)]
 
 
-def test_a_pattern_that_names_no_weight_is_refused():
-    learned = pb.prepare(LearnedBlockPatterns(4, 4), {"weight": None})
-    with pytest.raises(pb.TargetError, match=r"names 0 of the one-bit weights \['weight'\]"):
-        SignsFromBlocks("nothing")(learned, [])
+def test_what_patterns_cannot_start_from_is_refused():
+    learned, x = pb.prepare(LearnedBlockPatterns(4, 4), {"weight": None}), torch.rand(1, 1, 16, 16)
+    with pytest.raises(pb.TargetError, match="'nothing' names no weight of the prepared model"):
+        SignsFromBlocks(4, weights="nothing")(learned, [])
+    with pytest.raises(pb.PIBiNNError, match="are of blocks of 64 pixels; block_size=4 expects 16"):
+        SignsFromBlocks(4)(learned, [(BlockPatterns(8, 4).A(x), x)])
+    with pytest.raises(pb.PIBiNNError, match=r"maps inputs \(pairs, 16\).* got inputs \(4, 64\)"):
+        SignsFromBlocks(8)(learned, [(BlockPatterns(8, 4).A(x), x)])
 
 
 @pytest.mark.parametrize("kind", [BlockPatterns, LearnedBlockPatterns])

@@ -225,13 +225,20 @@ def test_a_baseline_starts_from_the_pairs(solution):
     assert not torch.allclose(module.seen[0], Regression().layer.weight)
 
 
-def test_a_baseline_reads_no_more_pairs_than_one_bit_weights():
+def test_a_baseline_knows_what_one_bit_weights_know():
+    """No more pairs, the same scale, and pairs read as a subclass reads them."""
+
+    class Swapped(SignsFromPairs):
+        def read(self, batch):
+            return tuple(reversed(super().read(batch)))
+
     twin = Regression()
     y, x = Pairs().pairs.tensors
-    start_float_weights(twin, LAYER, [(x[:24], y[:24])], "ridge")
-    initialization = SignsFromPairs(max_pairs=24)
-    module = train([BaselineQAT(LAYER, "fp32", initialization=initialization, solution="ridge")], epochs=1)
-    torch.testing.assert_close(module.seen[0], twin.layer.weight.detach())
+    start_float_weights(twin, LAYER, [(x[:24], y[:24])], "box", scale=0.4)
+    for initialization in (SignsFromPairs(max_pairs=24, scale=0.4), Swapped(0, 1, max_pairs=24, scale=0.4)):
+        module = train([BaselineQAT(LAYER, "fp32", initialization=initialization)], epochs=1)
+        torch.testing.assert_close(module.seen[0], twin.layer.weight.detach())
+    assert module.seen[0].abs().max() <= 0.4
 
 
 def test_a_resumed_run_equals_the_undisturbed_one(tmp_path):

@@ -52,6 +52,8 @@ def run(tmp_path, monkeypatch, images):
             learned = solver["operator"]["class_path"].endswith("LearnedBlockPatterns")
             solver["operator"] = patterns("LearnedBlockPatterns") if learned else patterns("BlockPatterns", seed=0)
             data["operator"] = patterns("BlockPatterns", seed=0)
+            if learned:
+                config["qat"]["initialization"]["init_args"] = {"block_size": 8}
         data |= {"data_dir": str(images), "patch_size": 24, "batch_size": 4, "train_patches": 32}
         config["trainer"] |= {"max_epochs": 2, "default_root_dir": "run", "enable_progress_bar": False}
         Path("small.yaml").write_text(yaml.safe_dump(config))

@@ -83,6 +83,18 @@ def test_no_more_pairs_are_read_than_asked_for():
     assert_equal(first, start([(y0, x0), (y1[:5], x1[:5])], None))
 
 
+def test_a_known_scale_is_kept():
+    model = pb.prepare(layers(), {"*.weight": pb.BlockDiagonal(2)})
+    scale = OPERATOR.abs().max().item()
+    SignsFromPairs(scale=scale)(model, [(y + 0.1 * torch.randn_like(y), x) for y, x in batches()])
+    assert pb.global_scale(model)().item() == pytest.approx(scale)
+    torch.testing.assert_close(model["masked"].weight, OPERATOR)
+    start_float_weights(
+        twin := layers(), {"m*.weight": pb.BlockDiagonal(2)}, SignsFromPairs().pairs(batches()), scale=0.1
+    )
+    assert twin["masked"].weight.abs().max().item() == pytest.approx(0.1)
+
+
 def test_two_ranks_start_where_one_does_with_the_pairs_of_both():
     """The all-reduce of two ranks, done here one after the other."""
     targets = {"masked.weight": pb.BlockDiagonal(2)}

@@ -51,26 +51,54 @@ class GuardedMemory:
         return flat.copy_(tensor.flatten()).view(tensor.shape)
 
 
-def error(memory, blocks, samples, dtype, transposed, strided):
-    """One random product, with and without a bias; its error in units of the allowed one."""
+def random_weight(memory, blocks):
+    """Random signs: their matrix, their bits, and the overload and the sizes that operators take for them."""
     signs = [torch.randint(0, 2, sizes) * 2 - 1 for sizes in blocks]
     rows, columns = ([sizes[i] for sizes in blocks] for i in (0, 1))
     matrix = torch.block_diag(*(block.double() for block in signs)) if all(rows + columns) else _with_empty(signs)
-    matrix = 0.37 * (matrix.T if transposed else matrix)
-    bits = memory[0].copy(pack_bits(torch.cat([block.flatten() for block in signs]) > 0))
-    outputs, inputs = matrix.shape
+    bits = memory.copy(pack_bits(torch.cat([block.flatten() for block in signs]) > 0))
+    is_even = len(set(blocks)) == 1 and all(blocks[0])
+    return matrix, bits, *(("default", blocks[0]) if is_even else ("uneven", (rows, columns)))
+
+
+def random_input(memory, samples, inputs, dtype, strided):
+    """Random samples, side by side in memory or each behind as many other values."""
     input = torch.randn(samples, 2 * inputs if strided else inputs).to(dtype)
-    input = memory[1].copy(input)[:, -inputs:]
+    return memory.copy(input)[:, -inputs:]
+
+
+def error(memory, blocks, samples, dtype, transposed, strided):
+    """One random product, with and without a bias; its error in units of the allowed one."""
+    matrix, bits, overload, sizes = random_weight(memory[0], blocks)
+    matrix = 0.37 * (matrix.T if transposed else matrix)
+    outputs, inputs = matrix.shape
+    input = random_input(memory[1], samples, inputs, dtype, strided)
     bias = torch.randn(outputs).to(dtype) if samples % 2 else None
-    operator, sizes = torch.ops.pibinn.packed_linear.uneven, (rows, columns)
-    if len(set(blocks)) == 1 and all(blocks[0]):
-        operator, sizes = torch.ops.pibinn.packed_linear.default, blocks[0]
+    operator = getattr(torch.ops.pibinn.packed_linear, overload)
     output = operator(input, bits, torch.tensor([0.37]), *sizes, bias, transposed)
     assert output.dtype == dtype
     offset = 0.0 if bias is None else bias.double()
     expected = input.double() @ matrix.T + offset
     magnitude = input.double().abs() @ matrix.abs().T + abs(offset) + 1e-30
     return ((output.double() - expected).abs() / magnitude).max().item() / TOLERANCE[dtype]
+
+
+def check_int8(memory, blocks, samples, dtype, strided):
+    """One random product with int8 activations, whose integers are to be exact: bit for bit, where there is no bias."""
+    matrix, bits, overload, sizes = random_weight(memory[0], blocks)
+    outputs, inputs = matrix.shape
+    input = random_input(memory[1], samples, inputs, dtype, strided)
+    # No one scale, and none that is too small: the least it may be is the largest input over 127.
+    scales = input.float().abs().amax(1, keepdim=True) / 127 * torch.tensor([1.0, 1.5]).repeat(samples)[:samples, None]
+    integers = (input.float() * (1 / scales)).round().long()
+    assert integers.abs().max() <= 127
+    expected = (integers @ matrix.long().T).float() * (torch.tensor([0.37]) * scales)
+    operator, scale = getattr(torch.ops.pibinn.packed_linear_int8, overload), torch.tensor([0.37])
+    assert torch.equal(operator(input, bits, scale, scales, *sizes), expected.to(dtype))
+    bias = torch.randn(outputs).to(dtype)
+    output = operator(input, bits, scale, scales, *sizes, bias)
+    allowed = TOLERANCE[dtype] * (expected.abs() + bias.float().abs())
+    assert ((output.float() - (expected + bias.float())).abs() <= allowed).all()
 
 
 def _with_empty(signs):
@@ -90,10 +118,12 @@ def main():
     memory, worst = (GuardedMemory(1 << 17), GuardedMemory(1 << 20)), 0.0
     for (count, *sizes), samples, transposed in itertools.product(SIZES, SAMPLES, (False, True)):
         worst = max(worst, error(memory, [tuple(sizes)] * count, samples, torch.float32, transposed, False))
+        check_int8(memory, [tuple(sizes)] * count, samples, torch.float32, False)
     for _ in range(80):
         blocks = [(random.randint(0, 99), random.randint(0, 99)) for _ in range(random.randint(1, 4))] + [(3, 2)]
         dtype, transposed, strided = random.choice(list(TOLERANCE)), random.random() < 0.5, random.random() < 0.5
         worst = max(worst, error(memory, blocks, random.choice(SAMPLES), dtype, transposed, strided))
+        check_int8(memory, blocks, random.choice(SAMPLES), dtype, strided)
     print(kernel(), f"{worst:.3f}")
 
 
