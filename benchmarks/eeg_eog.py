@@ -4,8 +4,6 @@
 """
 
 import csv
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -13,6 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from lightning_modules.machine import machine
 
 CONFIG = "configs/eeg_eog.yaml"
 ROOT = Path("runs/eeg_eog")
@@ -42,12 +42,6 @@ def float_file(root: Path) -> Path:
     return path
 
 
-def cpu_name() -> str:
-    """The processor, as Linux names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     """Run everything and write the table."""
     rows = []
@@ -67,7 +61,7 @@ def main() -> None:
         f"Written by `benchmarks/eeg_eog.py` from `{CONFIG}`: test subjects and recordings that training did not see,",
         "mean over -14, -12, ... +4 dB of power, one seed.",
         "",
-        f"Machine: {cpu_name()}, {os.cpu_count()} cores, one thread; torch {torch.__version__}.",
+        f"Machine: {machine()}",
         "",
         "| network | RRMSE temporal | RRMSE spectral | CC | file, bytes | fit, s | test, s |",
         "|---|---|---|---|---|---|---|",
@@ -79,4 +73,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as many as the config gives the runs
     main()

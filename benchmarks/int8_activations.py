@@ -5,10 +5,11 @@ in one process, the activation scales included. Writes ``benchmarks/results/int8
 """
 
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from interleaved import interleaved
 from torch import Tensor
 
 from lightning_modules.machine import machine
@@ -27,7 +28,7 @@ SHAPES = [  # blocks, rows, columns, batch
     (64, 256, 128, 512),
     (8, 64, 32, 1),
 ]
-SCALE, SECONDS, LEAST_ROUNDS = torch.tensor([0.1]), 3.0, 9
+SCALE, SECONDS = torch.tensor([0.1]), 3.0
 
 
 def activations(kind: str, columns: int) -> Tensor:
@@ -64,14 +65,9 @@ def seconds(blocks: int, rows: int, columns: int, batch: int) -> list[list[float
     structure, shape = BlockDiagonal(blocks), (blocks * rows, blocks * columns)
     bits = torch.randint(0, 256, (-(-structure.nnz(shape) // 8),), dtype=torch.uint8)
     x = torch.randn(batch, shape[1])
-    times: list[list[float]] = [[], []]
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(times[0]) < LEAST_ROUNDS:
-        for product, values in zip((packed_linear, packed_linear_int8), times, strict=True):
-            start = time.perf_counter()
-            product(x, bits, SCALE, structure, shape)
-            values.append(time.perf_counter() - start)
-    return times
+    products = {"exact": packed_linear, "int8": packed_linear_int8}
+    calls = {name: partial(product, x, bits, SCALE, structure, shape) for name, product in products.items()}
+    return list(interleaved(calls, SECONDS).values())
 
 
 def time_lines() -> list[str]:

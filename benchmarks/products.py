@@ -12,10 +12,10 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from interleaved import Function, interleaved
 from products_peers import dense_peers
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ CASES = [
     (8, 512, 512, 64),
 ]
 DENSE_ELEMENTS = 2**24  # the largest weight that the dense peers are given
-SECONDS, ROUNDS = 8.0, 5  # of a case: as many rounds as fit, but not fewer than these
+SECONDS = 8.0  # of a case: as many rounds as fit
 COMPILED = {(8, 64, 32, 1), (8, 512, 512, 64)}  # compiling takes longer than all other measurements of a case
 LANES = {"portable": 4, "avx2": 8, "avx512": 16}
 COLUMNS_IN_MEMORY, COLUMNS_IN_REGISTERS = 32 / 6, {8: 3, 16: 4}  # of a lookup, the latter by lanes
@@ -49,27 +49,6 @@ NOTES = (
     "its weight in the layout that is fastest for it, and its input cut into blocks beforehand. Dense peers run where",
     "the dense weight fits. A share above 100 % says that the loop is no tight bound on this machine.",
 )
-
-Function = Callable[[], object]
-
-
-def interleaved(functions: dict[str, Function]) -> dict[str, list[float]]:
-    """Seconds of one call, in rounds in which every function has its turn."""
-    calls = {}
-    for name, function in functions.items():
-        function()
-        start = time.perf_counter()
-        function()
-        calls[name] = max(1, int(2e-3 / (time.perf_counter() - start)))
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < ROUNDS:
-        for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                function()
-            samples[name].append((time.perf_counter() - start) / calls[name])
-    return samples
 
 
 class BlockProduct(nn.Module):
@@ -150,7 +129,7 @@ class IssueBound:
 def copy_bandwidth() -> float:
     """Bytes a second that a copy reads and writes."""
     source, target = torch.randn(2, 2**25)
-    samples = interleaved({"copy": lambda: target.copy_(source)})["copy"]
+    samples = interleaved({"copy": lambda: target.copy_(source)}, SECONDS)["copy"]
     return 2 * 4 * 2**25 / statistics.median(samples)
 
 
@@ -160,7 +139,7 @@ def table_of_products() -> list[str]:
     for sizes in CASES:
         case = Case(*sizes)
         loop, macs_of_loop = issue_bound.loop(case.batch)
-        samples = interleaved({**case.functions(), "bound": loop})
+        samples = interleaved({**case.functions(), "bound": loop}, SECONDS)
         medians = {name: statistics.median(values) for name, values in samples.items()}
         low, _, high = statistics.quantiles(samples["kernel"], n=4)
         rate, bound = case.macs / medians["kernel"], macs_of_loop / medians.pop("bound")
@@ -193,13 +172,13 @@ def table_of_other_bars() -> list[str]:
     """The layer as a module, shapes that fit no vector, and two threads."""
     lines = ["| what | median ratio |", "|---|---|"]
     small, product = Case(8, 64, 32, 1), BlockProduct(8, 64, 32)
-    samples = interleaved({"layer": lambda: small.layer(small.x), "bmm": lambda: product(small.x)})
+    samples = interleaved({"layer": lambda: small.layer(small.x), "bmm": lambda: product(small.x)}, SECONDS)
     lines.append(
         f"| 8 × 64 × 32, batch 1, as modules: bmm fp32 / packed layer | {_ratio(samples, 'bmm', 'layer'):.2f} |"
     )
     for batch in (1, 64):
         odd, even = Case(7, 250, 333, batch), Case(7, 256, 352, batch)
-        samples = interleaved({"odd": odd.kernel, "even": even.kernel})
+        samples = interleaved({"odd": odd.kernel, "even": even.kernel}, SECONDS)
         ratio = _ratio(samples, "even", "odd") * odd.macs / even.macs
         lines.append(f"| 7 × 250 × 333, batch {batch}: its rate / that of 7 × 256 × 352 | {ratio:.2f} |")
     for sizes in ((64, 512, 512, 1), (64, 512, 512, 64), (64, 512, 256, 512)):

@@ -39,6 +39,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 from typing_extensions import override
 
+from pibinn_plugin.atomic_file import atomic_file
+
 __all__ = ["AtomicCheckpointIO", "RandomState"]
 
 
@@ -82,17 +84,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(filesystem_path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Hidden, and not ending in .ckpt: ModelCheckpoint looks for the last checkpoint by prefix and ending.
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        # The partial file does not end in .ckpt: ModelCheckpoint looks for the last checkpoint by prefix and ending.
+        with atomic_file(target) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
         _synchronize_directory(target.parent)
 
 

@@ -5,7 +5,6 @@ They need matplotlib: ``pip install pibinn-plugin[plot]``.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +18,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from typing_extensions import override
 
 from lightning_modules.metrics import rrmse_temporal
+from pibinn_plugin.analysis.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,11 +78,7 @@ class _TestPictures(Callback, ABC):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or not self._examples:
             return
-        path = Path(trainer.default_root_dir) / self.file_name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        self.figure(self._examples).savefig(partial, format="png", dpi=150)
-        os.replace(partial, path)
+        save_figure(self.figure(self._examples), Path(trainer.default_root_dir) / self.file_name)
 
 
 class ImagePictures(_TestPictures):

@@ -73,6 +73,30 @@ class CompactLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.structure}, bias={self.bias is not None}"
 
 
+def compact_layer(
+    in_features: int,
+    out_features: int,
+    structure: Structure,
+    bias: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> CompactLinear:
+    """The compact layer of a structure: that of blocks and of bands, which every scheme knows, where it is one.
+
+    Raises:
+        StructureError: the structure does not fit ``(out_features, in_features)``.
+
+    Example:
+        >>> compact_layer(8, 4, BlockDiagonal(2)).weight.shape
+        torch.Size([2, 2, 4])
+    """
+    if isinstance(structure, BlockDiagonal):
+        return BlockDiagonalLinear(in_features, out_features, structure, bias, device, dtype)
+    if isinstance(structure, Banded):
+        return BandedLinear(in_features, out_features, structure.lower, structure.upper, bias, device, dtype)
+    return CompactLinear(in_features, out_features, structure, bias, device, dtype)
+
+
 def compact_linear(input: Tensor, weight: Tensor, structure: Structure, shape: Shape, bias: Tensor | None) -> Tensor:
     """``F.linear`` for a weight in compact form: input ``(..., columns)``, result ``(..., rows)``."""
     output = structure.linear(input, weight, shape)

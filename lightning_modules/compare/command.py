@@ -7,7 +7,6 @@ Every option of ``fit`` is an option here, for all rows. A comparison that was s
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from lightning_modules.compare.comparison import compare
 from lightning_modules.compare.plot import plot_error_against_bits
 from lightning_modules.compare.rows import QUANTIZERS, read_rows
 from lightning_modules.compare.table import results_text, terminal_table
+from pibinn_plugin.atomic_file import atomic_file
 
 __all__ = ["main"]
 
@@ -77,8 +77,8 @@ def main(args: Sequence[str]) -> None:
     )
     print(terminal_table(comparison))
     plot = plot_error_against_bits(comparison, own.folder / "error_against_bits.png")
-    path, partial = own.folder / "RESULTS.md", own.folder / ".RESULTS.md.partial"
+    path = own.folder / "RESULTS.md"
     command = shlex.join(["python", "-m", "lightning_modules", "compare", *args])
-    partial.write_text(results_text(comparison, command, plot))
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        partial.write_text(results_text(comparison, command, plot))
     print(f"results: {path}, {plot}")

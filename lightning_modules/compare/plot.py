@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_modules.compare.comparison import Comparison
 from lightning_modules.compare.table import mean_and_deviation
+from pibinn_plugin.analysis.plots import save_figure
 
 __all__ = ["plot_error_against_bits"]
 
@@ -52,5 +53,4 @@ def plot_error_against_bits(comparison: Comparison, path: str | Path) -> Path:
     axes.set_axisbelow(True)
     if axes.containers:  # not every row has diverged
         figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
-    return Path(path)
+    return save_figure(figure, path)

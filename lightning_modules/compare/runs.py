@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ from lightning_modules.compare.rows import Row
 from lightning_modules.compare.storage import load_baseline, save_baseline, stored_size
 from lightning_modules.modules import SolverModule
 from lightning_modules.trainer import SolverTrainer
+from pibinn_plugin.atomic_file import atomic_file
 from pibinn_plugin.errors import ArtifactError, ScaleError, StructureError
 
 __all__ = ["Run", "build", "callbacks_of", "evaluate", "finished_run", "inference_microseconds", "train"]
@@ -234,6 +234,5 @@ def inference_microseconds(solver: nn.Module, y: Tensor) -> float:
 
 
 def _write(path: Path, result: Result) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -9,7 +9,6 @@ are masked: the weights are those that the constructor of the solver makes.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from lightning_modules.compare.baselines import baseline_weights
 from lightning_modules.compare.callback import BASELINES
 from lightning_modules.compare.dense_twin import densify_weight
+from pibinn_plugin.atomic_file import atomic_file
 from pibinn_plugin.bits import pack_bits, unpack_bits
 from pibinn_plugin.errors import ArtifactError, PIBiNNError
 from pibinn_plugin.structure import Structure
@@ -100,12 +100,8 @@ def save_baseline(model: nn.Module, quantizer: str, path: str | Path, trit_base:
         tensors[_SCALES] = torch.cat(scales)
     header = json.dumps({"quantizer": quantizer, "base": trit_base, "layers": layers}, separators=(",", ":"))
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with atomic_file(path) as partial:
         save_file(tensors, partial, metadata={"baseline": header})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -48,7 +48,8 @@ class CalibratedAMP(nn.Module):
         self.operator = layer_of(structure, measurements, unknowns)
         self.iteration = MessagePassing(layers, _equal_blocks(structure))
         self.step_sizes = nn.Parameter(torch.full((layers,), 0.35))
-        self.structure, self._transposition = structure, _transposition(structure, self.shape)
+        self.structure, self._adjoint_structure = structure, structure.transposed()
+        self._transposition = _transposition(structure, self.shape)
         with torch.no_grad():
             # Columns of about unit norm.
             nn.init.normal_(self.operator.weight, std=(unknowns / structure.nnz(self.shape)) ** 0.5)
@@ -77,7 +78,7 @@ class CalibratedAMP(nn.Module):
         transposed = weight.flatten()[constant(self._transposition, weight.device)]
         return (
             lambda x: self.structure.linear(x, weight, self.shape),
-            lambda residual: self.structure.transposed().linear(residual, transposed, self.shape[::-1]),
+            lambda residual: self._adjoint_structure.linear(residual, transposed, self.shape[::-1]),
         )
 
 

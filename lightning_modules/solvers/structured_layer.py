@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, CompactLinear
-from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Structure, structure_from_operator
+from pibinn_plugin.nn import BlockDiagonalLinear, CompactLinear, compact_layer
+from pibinn_plugin.structure import Dense, Structure, structure_from_operator
 
 __all__ = ["layer_of", "structured_layer"]
 
@@ -45,16 +45,13 @@ def layer_of(structure: Structure, rows: int, columns: int) -> nn.Linear | Compa
         StructureError: the structure does not fit ``(rows, columns)``.
 
     Example:
+        >>> from pibinn_plugin import Banded
         >>> layer_of(Banded(1, 1), 4, 4).weight.shape
         torch.Size([10])
     """
     if isinstance(structure, Dense):
         return nn.Linear(columns, rows, bias=False)
-    if isinstance(structure, BlockDiagonal):
-        return BlockDiagonalLinear(columns, rows, structure, bias=False)
-    if isinstance(structure, Banded):
-        return BandedLinear(columns, rows, structure.lower, structure.upper, bias=False)
-    return CompactLinear(columns, rows, structure, bias=False)
+    return compact_layer(columns, rows, structure, bias=False)
 
 
 def _started(layer: nn.Linear | CompactLinear, weight: Tensor) -> nn.Module:

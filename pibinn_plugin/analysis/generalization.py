@@ -190,10 +190,7 @@ def generalization_bounds(
         >>> report.classes["one-bit"].vacuous["union"], report.classes["one-bit"].examples_for("union", 0.1) > 1000
         (True, True)
     """
-    if not 0 < target_gap < 1 or not 0 < failure_probability < 1:
-        raise ValueError(
-            f"target_gap={target_gap}, failure_probability={failure_probability}: expected numbers between 0 and 1"
-        )
+    _check_fractions(target_gap, failure_probability)
     networks = {"one-bit": solver, **(twins or {})}
     unrolled = _read(networks)
     first = unrolled["one-bit"]
@@ -213,6 +210,13 @@ def generalization_bounds(
         measured = (len(train[0]), train_loss, test_loss)
         classes[kind] = ClassBounds(kind, network_class, box, clip, *measured, failure_probability)
     return Generalization(classes, target_gap, len(test[0]))
+
+
+def _check_fractions(target_gap: float, failure_probability: float) -> None:
+    if not 0 < target_gap < 1 or not 0 < failure_probability < 1:
+        raise ValueError(
+            f"target_gap={target_gap}, failure_probability={failure_probability}: expected numbers between 0 and 1"
+        )
 
 
 def _read(networks: Mapping[str, Any]) -> dict[str, Unrolled]:

@@ -115,15 +115,12 @@ def estimate_geometry(
     if probes < 2 or iterations < 1:
         raise ValueError(f"probes={probes}, iterations={iterations}: expected at least two probes and one iteration")
     supports = sampled_supports(columns, sparsity, samples, seed)
-    generator = torch.Generator().manual_seed(seed)
+    signs, start = _drawn(probes, columns, seed)
     with torch.no_grad():
-        signs = (torch.randint(2, (probes, columns), generator=generator) * 2 - 1).double()
-        start = torch.randn(columns, generator=generator, dtype=torch.float64)
         alignment = _estimated_cosine(of_weight.forward(signs), of_operator.forward(signs))
         singular = largest_eigenvalue(of_weight.square, start, iterations, _FAILURE)
         angles = _row_space_angles(of_weight, of_operator, signs, start, iterations)
-        chosen = (of_weight.forward(F.one_hot(support, columns)) for support in supports)
-        grams = [of_support @ of_support.mT for of_support in chosen]
+        grams = [_gram(of_weight.forward(F.one_hot(support, columns))) for support in supports]
     return GeometryEstimate(
         *alignment,
         *(math.sqrt(singular[0]), math.sqrt(singular[1])),
@@ -136,6 +133,17 @@ def estimate_geometry(
         iterations=iterations,
         seed=seed,
     )
+
+
+def _gram(columns: Tensor) -> Tensor:
+    return columns @ columns.mT
+
+
+def _drawn(probes: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random sign vectors (probes, columns), and where the Lanczos iteration starts."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = (torch.randint(2, (probes, columns), generator=generator) * 2 - 1).double()
+    return signs, torch.randn(columns, generator=generator, dtype=torch.float64)
 
 
 def _fitting_products(weight: Any, operator: Any, adjoint: bool, dtype: torch.dtype) -> tuple[_Products, _Products]:

@@ -6,7 +6,6 @@ matplotlib comes with ``pip install pibinn-plugin[plot]`` and is imported when a
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from pibinn_plugin.analysis.finite_class import RISK_BOUNDS
 from pibinn_plugin.analysis.generalization import Generalization
 from pibinn_plugin.analysis.geometry import GeometryTable
 from pibinn_plugin.analysis.sign_history import SignHistory
+from pibinn_plugin.atomic_file import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,10 +175,6 @@ def save_figure(figure: Figure, path: Path | str) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with atomic_file(path) as partial:
         figure.savefig(partial, dpi=150, format=path.suffix.removeprefix("."))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pibinn_plugin.errors import ScaleError
-from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, CompactLinear, PackedConv, PackedLinear
+from pibinn_plugin.nn import PackedConv, PackedLinear, compact_layer
 from pibinn_plugin.packing import PackedSigns, UnpackSigns
 from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.structure import Banded, BlockDiagonal
@@ -107,11 +107,7 @@ def linear_layer(weight: PackedWeight) -> nn.Module:
     structure, has_bias = weight.packed.structure, weight.module.bias is not None
     if not weight.compact:
         return nn.Linear(columns, rows, has_bias, device="meta", dtype=weight.dtype)
-    if isinstance(structure, BlockDiagonal):
-        return BlockDiagonalLinear(columns, rows, structure, has_bias, device="meta", dtype=weight.dtype)
-    if isinstance(structure, Banded):
-        return BandedLinear(columns, rows, structure.lower, structure.upper, has_bias, "meta", weight.dtype)
-    return CompactLinear(columns, rows, structure, has_bias, device="meta", dtype=weight.dtype)
+    return compact_layer(columns, rows, structure, has_bias, device="meta", dtype=weight.dtype)
 
 
 def set_float_weight(module: nn.Module, name: str, value: Tensor) -> None:

@@ -1,57 +1,25 @@
 """The EEG data: mixtures, splits without leaks, batches that depend on seed and epoch only, damaged files."""
 
-import csv
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from hypothesis import HealthCheck, given, settings
+from eeg_files import EEG_SUBJECTS, EOG_RECORDS, ROWS_EACH, loaded, write_small_data_set
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_modules.data.eegdenoisenet import EVALUATION_LEVELS_DB, EEGDenoiseNet, mix
-from lightning_modules.data.files import DataFileError
 from lightning_modules.data.resumable_loader import EpochSampler, ResumableLoader
-
-EEG_SUBJECTS, EOG_RECORDS, ROWS_EACH = 20, 10, 6
-
-
-def write_index(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def epochs_marked_by_row(count, seed):
-    """Random epochs whose first sample is the number of the row, so that a mixture tells where it came from."""
-    epochs = np.random.default_rng(seed).standard_normal((count, 512), dtype=np.float32)
-    epochs[:, 0] = np.arange(1, count + 1)
-    return epochs
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small data set with indices: every fifth subject and record is for test."""
-    for kind, groups in (("EEG", EEG_SUBJECTS), ("EOG", EOG_RECORDS)):
-        count = groups * ROWS_EACH
-        np.save(tmp_path / f"{kind}_all_epochs.npy", epochs_marked_by_row(count, groups))
-        # Interleaved: the rows of one group do not follow one another.
-        numbers = [row % groups for row in range(count)]
-        columns = {"EEG": "subject", "EOG": "record"}
-        rows = [{columns[kind]: n, "source": "here", "split": "train" if n % 5 else "test"} for n in numbers]
-        write_index(tmp_path / f"{kind}_index.csv", rows)
+    write_small_data_set(tmp_path)
     return tmp_path
-
-
-def loaded(folder, **arguments):
-    data = EEGDenoiseNet(folder, **{"batch_size": 8, **arguments})
-    data.setup()
-    return data
 
 
 def batches(data, epoch):
@@ -250,7 +218,7 @@ def test_a_killed_run_resumes_with_the_same_batches(folder, tmp_path, every):
         assert all(whole[step] == batch for step, batch in resumed.items())
 
 
-# Arguments and files
+# Arguments
 
 
 @pytest.mark.parametrize(
@@ -271,126 +239,6 @@ def test_unfit_arguments_are_refused_and_named(tmp_path, arguments, match):
 def test_a_batch_larger_than_the_data_is_refused(folder):
     with pytest.raises(ValueError, match="lower batch_size"):
         loaded(folder, batch_size=1000).train_dataloader()
-
-
-def test_absent_artifact_file_is_named(folder):
-    with pytest.raises(DataFileError, match=r"EMG_all_epochs\.npy: found no such file") as error:
-        loaded(folder, artifact="EMG")
-    assert error.value.path == folder / "EMG_all_epochs.npy"
-
-
-def test_double_precision_file_is_accepted(folder):
-    path = folder / "EEG_all_epochs.npy"
-    epochs = np.load(path)
-    np.save(path, epochs.astype(np.float64))
-    assert loaded(folder).train_set.clean.dtype == torch.float32
-
-
-def changed(row, value):
-    def change(epochs):
-        epochs[row] = value
-        return epochs
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (changed(7, np.nan), "1 epochs with NaN or infinite values, the first in row 7"),
-        (changed((3, 5), -np.inf), "the first in row 3"),
-        (changed(2, 0), "zero throughout, the first in row 2"),
-        (lambda epochs: epochs.astype(np.float64) * 1e60, "infinite values"),
-        (lambda epochs: epochs[:, :500], r"shape \(120, 500\)"),
-        (lambda epochs: epochs[0], r"shape \(512,\)"),
-        (lambda epochs: epochs[None], r"shape \(1, 120, 512\)"),
-        (lambda epochs: epochs[:0], r"shape \(0, 512\)"),
-        (lambda epochs: epochs.astype(np.int16), "data type int16"),
-        (lambda epochs: epochs.astype(np.complex64), "data type complex64"),
-        (lambda epochs: epochs.astype(object), "cannot be read"),
-    ],
-)
-def test_unfit_arrays_are_refused(folder, change, match):
-    path = folder / "EEG_all_epochs.npy"
-    np.save(path, change(np.load(path)), allow_pickle=True)
-    with pytest.raises(DataFileError, match=match) as error:
-        loaded(folder)
-    assert str(path) in str(error.value) and "expected" in str(error.value)
-
-
-@pytest.mark.parametrize("length", [0, 5, 20, 100, 5000])
-def test_truncated_array_is_refused(folder, length):
-    path = folder / "EOG_all_epochs.npy"
-    path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(DataFileError, match=r"EOG_all_epochs\.npy: found a file that cannot be read"):
-        loaded(folder)
-
-
-class Exploding:
-    def __reduce__(self):
-        return (os._exit, (3,))
-
-
-def test_pickle_is_never_opened(folder):
-    (folder / "EEG_all_epochs.npy").write_bytes(pickle.dumps(Exploding()))
-    with pytest.raises(DataFileError, match="cannot be read"):
-        loaded(folder)
-
-
-def test_archive_is_refused(folder):
-    np.savez(folder / "archive.npz", epochs=np.ones((3, 512), dtype=np.float32))
-    (folder / "archive.npz").rename(folder / "EEG_all_epochs.npy")
-    with pytest.raises(DataFileError, match="npz archive"):
-        loaded(folder)
-
-
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(position=st.integers(0, 127), byte=st.integers(0, 255))
-def test_damaged_header_is_refused_or_harmless(folder, position, byte):
-    path = folder / "EOG_all_epochs.npy"
-    intact = path.read_bytes()
-    damaged = bytearray(intact)
-    damaged[position] = byte
-    path.write_bytes(damaged)
-    try:
-        loaded(folder)
-    except DataFileError as error:
-        assert error.path in (path, folder / "EOG_index.csv")
-    finally:
-        path.write_bytes(intact)
-
-
-def index_lines(folder):
-    return (folder / "EEG_index.csv").read_text().splitlines(keepends=True)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda lines: lines[:-1], "found 119 lines; expected .* 120 lines"),
-        (lambda lines: [*lines, lines[-1]], "found 121 lines"),
-        (lambda lines: [], "no|columns"),
-        (lambda lines: ["subject,source,part\r\n", *lines[1:]], "the columns subject, source, part"),
-        (lambda lines: [*lines[:5], "1,here,maybe\r\n", *lines[6:]], "split 'maybe' in row 4"),
-        (lambda lines: [*lines[:5], "1\r\n", *lines[6:]], "entries than columns in row 4"),
-        (lambda lines: [*lines[:5], "1,here,train,more\r\n", *lines[6:]], "entries than columns in row 4"),
-        (lambda lines: [line.replace("train", "test") for line in lines], "none is left for train"),
-        (lambda lines: [line.replace("test", "train") for line in lines], "none is left for test"),
-        (lambda lines: [lines[0], *["1,here,train\r\n"] * 119, "2,here,test\r\n"], "none is left for train"),
-    ],
-)
-def test_unfit_index_is_refused(folder, change, match):
-    (folder / "EEG_index.csv").write_text("".join(change(index_lines(folder))))
-    with pytest.raises(DataFileError, match=match) as error:
-        loaded(folder)
-    assert str(folder / "EEG_index.csv") in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00split", b"split\n" + b"tr\x00ain\n" * 120])
-def test_binary_index_is_refused(folder, content):
-    (folder / "EEG_index.csv").write_bytes(content)
-    with pytest.raises(DataFileError, match=r"EEG_index\.csv"):
-        loaded(folder)
 
 
 # Real data

@@ -7,23 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matrix_operator import Matrix
 
 from pibinn_plugin.analysis.geometry import compare_geometry
 from pibinn_plugin.analysis.geometry_estimate import estimate_geometry
 from pibinn_plugin.errors import StructureError
 
 SEEDS = st.integers(0, 10_000)
-
-
-class Matrix:
-    def __init__(self, dense):
-        self.dense, self.shape = dense, tuple(dense.shape)
-
-    def A(self, x):
-        return x @ self.dense.T
-
-    def A_adjoint(self, y):
-        return y @ self.dense
 
 
 def draw(shape, seed, dtype=torch.float64):

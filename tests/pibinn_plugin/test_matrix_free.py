@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matrix_operator import Matrix
 
 from pibinn_plugin.analysis.contraction import spectral_contraction
 from pibinn_plugin.analysis.convergence import certify, certify_constants, layer_constants
@@ -15,17 +16,6 @@ from pibinn_plugin.analysis.unrolled import Unrolled
 from pibinn_plugin.errors import StructureError
 
 SEEDS = st.integers(0, 10**6)
-
-
-class Matrix:
-    def __init__(self, dense):
-        self.dense, self.shape = dense, tuple(dense.shape)
-
-    def A(self, x):
-        return x @ self.dense.T
-
-    def A_adjoint(self, y):
-        return y @ self.dense
 
 
 def draw(shape, seed):

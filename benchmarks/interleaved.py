@@ -1,0 +1,27 @@
+"""Functions timed in turns, so that what else the machine does falls on all of them."""
+
+import time
+from collections.abc import Callable
+
+LEAST_ROUNDS = 5
+
+Function = Callable[[], object]
+
+
+def interleaved(functions: dict[str, Function], seconds: float) -> dict[str, list[float]]:
+    """Seconds of one call, in as many rounds as fit (but not too few), in which every function has its turn."""
+    calls = {}
+    for name, function in functions.items():
+        function()
+        start = time.perf_counter()
+        function()
+        calls[name] = max(1, int(2e-3 / (time.perf_counter() - start)))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(samples.values()))) < LEAST_ROUNDS:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            samples[name].append((time.perf_counter() - start) / calls[name])
+    return samples
