@@ -1,9 +1,10 @@
 """`save` and `load`: a packed network in one safetensors file, readable by the stock library, never by pickle.
 
 The tensors of the file: ``<weight>`` (uint8, the packed signs), ``pibinn.scale`` (float32, λ once),
-``pibinn.structures`` (uint8, the stored forms of all structures, one after the other), and every float parameter and
-buffer under its own name. The metadata entry ``pibinn`` is JSON: the format version, and for each packed weight its
-name, dense shape and the bytes of its structure.
+``pibinn.structures`` (uint8, the stored forms of the distinct structures, one after the other, in order of first use),
+and every float parameter and buffer under its own name. The metadata entry ``pibinn`` is JSON: ``version``, of the
+format; ``structures``, the bytes of each distinct structure; ``layers``, for each packed weight its name, its dense
+shape and the number of its structure.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from pibinn_plugin.errors import ArtifactError, PIBiNNError, ScaleError
 from pibinn_plugin.inventory import float_tensors
 from pibinn_plugin.packing import PackedSigns, packed_signs_of
-from pibinn_plugin.structure import Structure
+from pibinn_plugin.stored_structures import StoredStructures
 from pibinn_plugin.targets import resolve_targets
 from pibinn_plugin.workflow import (
     QuantizedWeight,
@@ -34,7 +35,7 @@ from pibinn_plugin.workflow import (
     replace_with_packed,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SCALE, _STRUCTURES = "pibinn.scale", "pibinn.structures"
 
 
@@ -87,14 +88,18 @@ def save(model: nn.Module, path: str | Path) -> Path:
         True
     """
     network = PackedNetwork.of(model)
-    structures = {name: packed.structure.to_bytes() for name, packed in network.weights.items()}
-    layers = [[name, list(packed.shape), len(structures[name])] for name, packed in network.weights.items()]
+    structures = StoredStructures.of(packed.structure for packed in network.weights.values())
+    layers = [
+        [name, list(packed.shape), number]
+        for (name, packed), number in zip(network.weights.items(), structures.numbers, strict=True)
+    ]
     tensors = {name: packed.bits for name, packed in network.weights.items()}
     tensors[_SCALE] = torch.tensor([network.scale], dtype=torch.float32)
-    tensors[_STRUCTURES] = torch.frombuffer(bytearray(b"".join(structures.values())), dtype=torch.uint8)
+    tensors[_STRUCTURES] = structures.content
     # Clones: safetensors refuses tensors that share memory, as tied float parameters do.
     tensors |= {key: tensor.detach().clone().contiguous() for key, tensor in network.float_tensors.items()}
-    header = json.dumps({"version": FORMAT_VERSION, "layers": layers}, separators=(",", ":"))
+    fields = {"version": FORMAT_VERSION, "structures": structures.lengths, "layers": layers}
+    header = json.dumps(fields, separators=(",", ":"))
     path = Path(path)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
@@ -147,31 +152,30 @@ def read(path: str | Path) -> PackedNetwork:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
     if metadata is None:
         raise ArtifactError(f"{path} has no metadata entry 'pibinn': it was not written by pibinn_plugin.save")
-    layers = _read_header(path, metadata)
+    lengths, layers = _read_header(path, metadata)
     scale = _read_scale(path, tensors.pop(_SCALE, None))
-    structures = tensors.pop(_STRUCTURES, None)
-    if structures is None or structures.dtype != torch.uint8 or structures.dim() != 1:
-        raise ArtifactError(f"{path}: {_STRUCTURES!r} is missing or not a list of bytes")
-    weights = _read_weights(path, layers, bytes(structures.tolist()), tensors)
-    return PackedNetwork(weights, scale, tensors)
+    if (content := tensors.pop(_STRUCTURES, None)) is None:
+        raise ArtifactError(f"{path}: {_STRUCTURES!r} is missing")
+    structures = StoredStructures(content, lengths, [number for _, _, number in layers])
+    shapes = {name: shape for name, shape, _ in layers}
+    return PackedNetwork(_read_weights(path, shapes, structures, tensors), scale, tensors)
 
 
-def _read_header(path: str | Path, metadata: str) -> list[tuple[str, tuple[int, ...], int]]:
+def _read_header(path: str | Path, metadata: str) -> tuple[list[int], list[tuple[str, tuple[int, ...], int]]]:
+    """Lengths of the structures and entries of the layers; `StoredStructures.decode` checks lengths and numbers."""
     try:
         header = json.loads(metadata)
-        version, layers = header["version"], header["layers"]
-        if version != FORMAT_VERSION:
+        if (version := header["version"]) != FORMAT_VERSION:
             raise ArtifactError(f"{path} has format version {version}; this pibinn_plugin reads {FORMAT_VERSION}")
-        checked = [
-            (_checked_text(name), tuple(map(_checked_size, shape)), _checked_size(n)) for name, shape, n in layers
-        ]
+        lengths, layers = header["structures"], header["layers"]
+        checked = [(_checked_text(name), tuple(map(_checked_size, shape)), number) for name, shape, number in layers]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{path}: the JSON metadata is malformed: {error!r}") from error
     if not checked or len({name for name, _, _ in checked}) != len(checked):
         raise ArtifactError(f"{path}: the metadata names no layer, or one twice")
-    return checked
+    return lengths, checked
 
 
 def _checked_text(value: Any) -> str:
@@ -195,21 +199,21 @@ def _read_scale(path: str | Path, scale: Tensor | None) -> float:
 
 
 def _read_weights(
-    path: str | Path, layers: list[tuple[str, tuple[int, ...], int]], structures: bytes, tensors: dict[str, Tensor]
+    path: str | Path, shapes: dict[str, tuple[int, ...]], structures: StoredStructures, tensors: dict[str, Tensor]
 ) -> dict[str, PackedSigns]:
-    if sum(length for _, _, length in layers) != len(structures):
-        raise ArtifactError(f"{path}: the structures take {len(structures)} bytes, not what the metadata says")
-    weights, offset = {}, 0
-    for name, shape, length in layers:
+    try:
+        decoded = structures.decode()
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    weights = {}
+    for (name, shape), structure in zip(shapes.items(), decoded, strict=True):
         bits = tensors.pop(name, None)
         if bits is None:
             raise ArtifactError(f"{path}: the packed weight {name!r} is missing")
         try:
-            structure = Structure.from_bytes(structures[offset : offset + length])
             weights[name] = PackedSigns(bits, structure, shape)
         except PIBiNNError as error:
             raise ArtifactError(f"{path}: the packed weight {name!r} is inconsistent: {error}") from error
-        offset += length
     return weights
 
 

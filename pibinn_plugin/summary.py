@@ -9,6 +9,7 @@ from torch import nn
 
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.inventory import float_tensors, one_bit_weights
+from pibinn_plugin.stored_structures import StoredStructures
 from pibinn_plugin.structure import Structure
 from pibinn_plugin.tables import text_table
 
@@ -23,7 +24,7 @@ class LayerSummary:
     shape: tuple[int, ...] = ()
     structure: Structure | None = None
     nnz: int = 0
-    structure_bytes: int = 0
+    structure_bytes: int = 0  # 0 where an earlier weight has the same structure: it is stored once
     float_bytes: int = 0
 
     @property
@@ -60,7 +61,7 @@ class Summary:
 
     @property
     def structure_bytes(self) -> int:
-        """Descriptions of all structures."""
+        """Descriptions of the distinct structures."""
         return sum(layer.structure_bytes for layer in self.layers)
 
     @property
@@ -119,6 +120,7 @@ _COLUMNS = (
 _LEGEND = (
     "signs, structure, λ, float, total: bytes as stored. bit/weight, bit/link: stored bits for each structural\n"
     "weight, and for each element of the dense weights. fp32/this: bytes of the same layers in fp32, dense, over total."
+    "\nA structure that several weights have is stored once, and counted in the first of them."
 )
 
 
@@ -159,9 +161,11 @@ def summary(model: nn.Module) -> Summary:
     for key, tensor in float_tensors(model).items():
         module_name = key.rpartition(".")[0]
         float_bytes[module_name] = float_bytes.get(module_name, 0) + tensor.numel() * tensor.element_size()
+    stored = StoredStructures.of(structure for _, structure, _ in weights)
+    lengths = dict(enumerate(stored.lengths))
     layers = []
-    for name, structure, shape in weights:
-        in_structure, own_float_bytes = len(structure.to_bytes()), float_bytes.pop(name.rpartition(".")[0], 0)
+    for (name, structure, shape), number in zip(weights, stored.numbers, strict=True):
+        in_structure, own_float_bytes = lengths.pop(number, 0), float_bytes.pop(name.rpartition(".")[0], 0)
         layers.append(LayerSummary(name, tuple(shape), structure, structure.nnz(shape), in_structure, own_float_bytes))
     layers += [LayerSummary(name or "(root)", float_bytes=count) for name, count in float_bytes.items()]
     return Summary(tuple(layers))

@@ -1,7 +1,7 @@
 """The packed file of a baseline: what its row of a comparison takes on disk, and the network read back from it.
 
 One safetensors file in the layout of `pibinn_plugin.artifact`: a tensor of codes for each weight, the scales of all
-weights in one tensor, the structures of all in another, every float parameter under its own name. Signs take one bit,
+weights in one tensor, the distinct structures in another, every float parameter under its own name. Signs take one bit,
 ternary codes 1.6 (five to a byte, base 3) or 2. A ``zero_bit`` file has no weights, only the structure of those that
 are masked: the weights are those that the constructor of the solver makes.
 """
@@ -24,6 +24,7 @@ from lightning_modules.compare.dense_twin import densify_weight
 from pibinn_plugin.atomic_file import atomic_file
 from pibinn_plugin.bits import pack_bits, unpack_bits
 from pibinn_plugin.errors import ArtifactError, PIBiNNError
+from pibinn_plugin.stored_structures import StoredStructures
 from pibinn_plugin.structure import Structure
 from pibinn_plugin.targets import resolve_targets
 
@@ -81,7 +82,8 @@ def save_baseline(model: nn.Module, quantizer: str, path: str | Path, trit_base:
     Raises:
         ArtifactError: a weight that is not finite.
     """
-    tensors, layers, scales, structures = _float_tensors(model), [], [], b""
+    tensors, scales = _float_tensors(model), []
+    structures: dict[str, Structure] = {}
     for name, latent, front in baseline_weights(model):
         if quantizer != "zero_bit":
             codes, scale = front.codes_and_scales(front.structural(latent))
@@ -91,14 +93,15 @@ def save_baseline(model: nn.Module, quantizer: str, path: str | Path, trit_base:
             scales.append(scale.float())
         elif front.positions is None:
             continue
-        description = front.structure.to_bytes()
-        structures += description
-        layers.append([name, len(description)])
+        structures[name] = front.structure
+    stored = StoredStructures.of(structures.values())
     if structures:
-        tensors[_STRUCTURES] = torch.frombuffer(bytearray(structures), dtype=torch.uint8)
+        tensors[_STRUCTURES] = stored.content
     if any(scale.numel() for scale in scales):
         tensors[_SCALES] = torch.cat(scales)
-    header = json.dumps({"quantizer": quantizer, "base": trit_base, "layers": layers}, separators=(",", ":"))
+    layers = [[name, number] for name, number in zip(structures, stored.numbers, strict=True)]
+    fields = {"quantizer": quantizer, "base": trit_base, "structures": stored.lengths, "layers": layers}
+    header = json.dumps(fields, separators=(",", ":"))
     path = Path(path)
     with atomic_file(path) as partial:
         save_file(tensors, partial, metadata={"baseline": header})
@@ -187,12 +190,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _layers(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Structure | None]:
     """Name and structure of each weight of a file."""
-    described = bytes(tensors.pop(_STRUCTURES, torch.empty(0, dtype=torch.uint8)).tolist())
-    structures: dict[str, Structure | None] = {}
-    for name, length in header["layers"]:
-        structures[name] = Structure.from_bytes(described[:length])
-        described = described[length:]
-    return structures
+    content = tensors.pop(_STRUCTURES, torch.empty(0, dtype=torch.uint8))
+    names, numbers = [name for name, _ in header["layers"]], [number for _, number in header["layers"]]
+    return dict(zip(names, StoredStructures(content, header["structures"], numbers).decode(), strict=True))
 
 
 def _float_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -23,16 +23,20 @@ FOLDER = Path(tempfile.mkdtemp())
 
 
 def build() -> nn.Module:
-    """A small network with every kind of structure."""
+    """A small network with every kind of structure, one of them twice."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.Linear(8, 4), nn.Linear(4, 4))
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    )
 
 
+PERMUTED = pb.BlockDiagonal(rows=(1, 3), columns=(2, 2), row_order=(1, 0, 3, 2), column_order=(3, 1, 2, 0))
 TARGETS = {
     "0.weight": pb.BlockDiagonal(2),
     "2.weight": pb.Banded(1, 2),
     "3.weight": pb.Mask(torch.arange(32).reshape(4, 8) % 3 == 0),
-    "4.weight": pb.BlockDiagonal(rows=(1, 3), columns=(2, 2), row_order=(1, 0, 3, 2), column_order=(3, 1, 2, 0)),
+    "4.weight": PERMUTED,
+    "5.weight": PERMUTED,
 }
 
 

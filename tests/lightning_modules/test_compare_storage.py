@@ -88,13 +88,13 @@ def test_masks_bands_and_convolutions_come_back(tmp_path, quantizer):
 @pytest.mark.parametrize(
     ("quantizer", "bits"),
     [
-        ("fp32_dense", 3 * (32 * 16 * 32 + 8)),
-        ("fp32", 3 * (256 * 32 + 48)),
-        ("ternary_twn", 3 * (8 * 52 + 32 + 48)),  # 256 trits in 52 bytes
-        ("ternary_b158", 3 * (8 * 52 + 32 + 48)),
-        ("channel_wise", 3 * (256 + 32 * 32 + 48)),  # two blocks of 16 rows
-        ("layer_wise", 3 * (256 + 32 + 48)),
-        ("parq", 3 * (256 + 32 + 48)),
+        ("fp32_dense", 3 * 32 * 16 * 32 + 8),
+        ("fp32", 3 * 256 * 32 + 48),
+        ("ternary_twn", 3 * (8 * 52 + 32) + 48),  # 256 trits in 52 bytes
+        ("ternary_b158", 3 * (8 * 52 + 32) + 48),
+        ("channel_wise", 3 * (256 + 32 * 32) + 48),  # two blocks of 16 rows
+        ("layer_wise", 3 * (256 + 32) + 48),
+        ("parq", 3 * (256 + 32) + 48),
         ("zero_bit", 0),
     ],
 )
@@ -102,17 +102,36 @@ def test_sizes_are_those_of_the_file(tmp_path, quantizer, bits):
     solver = trained(known_solver(), COMPACT, quantizer)
     path = save_baseline(solver, quantizer, tmp_path / "net.safetensors")
     size = stored_size(path)
-    assert size.weight_bits == bits  # codes, scales, and 6 bytes of BlockDiagonal (1 of Dense) a layer
+    assert size.weight_bits == bits  # codes, scales, and once 6 bytes of BlockDiagonal (1 of Dense)
     assert size.file_bytes == path.stat().st_size == size.file_bits // 8
     floats = 8 * 2 * 3 * 4  # three step sizes and three thresholds
     header = 8 * (8 + int.from_bytes(path.read_bytes()[:8], "little"))
     assert size.file_bits == size.weight_bits + floats + header
 
 
+@pytest.mark.parametrize("quantizer", ["ternary_twn", "zero_bit"])
+def test_equal_structures_are_stored_once_and_others_apart(tmp_path, quantizer):
+    def model():
+        torch.manual_seed(6)
+        return nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(4)))
+
+    masks = [pb.Mask(torch.rand(12, 12, generator=torch.Generator().manual_seed(seed)) < 0.2) for seed in range(2)]
+    targets = {f"{layer}.weight": masks[layer % 2] for layer in range(4)}
+    original = trained(model(), targets, quantizer)
+    path = save_baseline(original, quantizer, tmp_path / "net.safetensors")
+    with safe_open(path, "pt") as file:
+        header, content = json.loads(file.metadata()["baseline"]), file.get_tensor("baseline.structures")
+    assert bytes(content.tolist()) == masks[0].to_bytes() + masks[1].to_bytes()
+    assert header["structures"] == [len(mask.to_bytes()) for mask in masks]
+    assert header["layers"] == [["0.weight", 0], ["1.weight", 1], ["2.weight", 0], ["3.weight", 1]]
+    loaded = load_baseline(path, model())
+    assert all(torch.equal(one.weight, other.weight) for one, other in zip(loaded, original, strict=True))
+
+
 def test_two_bits_a_code(tmp_path):
     solver = trained(known_solver(), COMPACT, "ternary_b158")
     path = save_baseline(solver, "ternary_b158", tmp_path / "net.safetensors", trit_base=4)
-    assert stored_size(path).weight_bits == 3 * (2 * 256 + 32 + 48)
+    assert stored_size(path).weight_bits == 3 * (2 * 256 + 32) + 48
     y = torch.randn(5, 16)
     assert torch.equal(load_baseline(path, known_solver())(y), solver(y))
 
@@ -150,6 +169,11 @@ def rewritten(path, change):
         lambda tensors, header: tensors.update({"baseline.scales": torch.ones(4)}),
         lambda tensors, header: tensors.update({"baseline.scales": torch.ones(2)}),
         lambda tensors, header: header["layers"].pop(),
+        lambda tensors, header: header.pop("structures"),
+        lambda tensors, header: header["layers"][2].__setitem__(1, 1),
+        lambda tensors, header: header["layers"][0].__setitem__(1, -1),
+        lambda tensors, header: header.update(structures=[5]),
+        lambda tensors, header: header.update(structures=[-1, 7]),
         lambda tensors, header: header.update(quantizer="binary"),
         lambda tensors, header: header.pop("base"),
         lambda tensors, header: tensors.update({"layers.0.weight": torch.zeros(7, dtype=torch.uint8)}),

@@ -177,7 +177,9 @@ def test_stock_safetensors_reads_the_file(packed, path):
     with safetensors.safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["pibinn"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    assert header["version"] == 1
+    assert header["version"] == 2
+    assert header["structures"] == [len(BlockDiagonal(2).to_bytes()), 6, len(TARGETS["last.weight"].to_bytes())]
+    assert [number for _, _, number in header["layers"]] == [0, 0, 0, 1, 2]
     assert [name for name, _, _ in header["layers"]] == list(weight_bits(packed))
     assert all(torch.equal(tensors[name], bits) for name, bits in weight_bits(packed).items())
     assert torch.equal(tensors["pibinn.scale"], global_scale(packed)().detach())
@@ -246,7 +248,8 @@ BAD = {
     "two scales": (lambda t, h: t.update({"pibinn.scale": torch.ones(2)}), "one float32"),
     "no scale": (lambda t, h: t.pop("pibinn.scale"), "pibinn.scale"),
     "no structures": (lambda t, h: t.pop("pibinn.structures"), "pibinn.structures"),
-    "version 2": (lambda t, h: h.update(version=2), "version 2"),
+    "version 1": (lambda t, h: (h.update(version=1), h.pop("structures")), "version 1"),
+    "version 3": (lambda t, h: h.update(version=3), "version 3"),
     "no version": (lambda t, h: h.pop("version"), "version"),
     "no layers": (lambda t, h: h.update(layers=[]), "no layer"),
     "layer twice": (lambda t, h: h.update(layers=h["layers"] + h["layers"][:1]), "twice"),
@@ -259,8 +262,11 @@ BAD = {
     "float weight": (lambda t, h: t.update({"last.weight": t["last.weight"].float()}), "last.weight"),
     "other shape": (lambda t, h: h["layers"][0].__setitem__(1, [4, 16]), "solver.layers.0.weight"),
     "other structure": (lambda t, h: t["pibinn.structures"].__setitem__(2, 4), "solver.layers.0.weight"),
-    "no structure": (lambda t, h: t["pibinn.structures"].__setitem__(0, 99), "solver.layers.0.weight"),
-    "structure length": (lambda t, h: h["layers"][0].__setitem__(2, 7), "structures take"),
+    "no structure": (lambda t, h: t["pibinn.structures"].__setitem__(0, 99), "structure 0"),
+    "structure length": (lambda t, h: h["structures"].__setitem__(0, 7), "structures take"),
+    "huge structure length": (lambda t, h: h["structures"].__setitem__(0, 2**70), "structures take"),
+    "no structure lengths": (lambda t, h: h.pop("structures"), "malformed"),
+    "structure number": (lambda t, h: h["layers"][4].__setitem__(2, 3), "expected all of 0 to 2"),
     "missing float": (lambda t, h: t.pop("norm.running_var"), "norm.running_var"),
     "unknown float": (lambda t, h: t.update(extra=torch.ones(1)), "extra"),
     "float of another shape": (lambda t, h: t.update(gain=torch.ones(4)), "'gain' is torch.float32 of shape"),

@@ -20,6 +20,7 @@ TABLE = """\
  total                               591      74          15   4   2,128   2,221        1.259      0.138        10.6
 signs, structure, λ, float, total: bytes as stored. bit/weight, bit/link: stored bits for each structural
 weight, and for each element of the dense weights. fp32/this: bytes of the same layers in fp32, dense, over total.
+A structure that several weights have is stored once, and counted in the first of them.
 """
 
 
@@ -66,6 +67,17 @@ def test_every_byte_of_the_state_is_counted_once():
     packed = convert(prepare(network(), TARGETS))
     stored = sum(value.numel() * value.element_size() for value in packed.state_dict().values())
     assert summary(packed).total_bytes == stored
+
+
+def test_a_shared_structure_is_counted_in_the_first_weight_that_has_it():
+    band, blocks = Banded(1, 2), BlockDiagonal(8)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    structures = dict(zip(("0.weight", "1.weight", "2.weight", "3.weight"), (blocks, band, blocks, band), strict=True))
+    prepared = prepare(model, structures)
+    report = summary(prepared)
+    assert [layer.structure_bytes for layer in report.layers] == [6, 9, 0, 0]
+    assert [layer.structure for layer in report.layers] == list(structures.values())
+    assert summary(convert(prepared)) == report
 
 
 def test_compact_layer_counts_as_the_dense_link_it_is():
