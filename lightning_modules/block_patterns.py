@@ -157,9 +157,10 @@ class LearnedBlockPatterns(_BlockOperator):
     Args:
         block_size: pixels of a block's side.
         measurements: patterns.
+        patterns: where the weights start instead: the true ones are those of a calibrated device, to compare with.
 
     Raises:
-        ValueError: a block without pixels, no measurements, or more than pixels.
+        ValueError: a block without pixels, no measurements, or more than pixels; or patterns of another shape.
 
     Example:
         >>> operator = LearnedBlockPatterns(block_size=4, measurements=4)
@@ -167,9 +168,12 @@ class LearnedBlockPatterns(_BlockOperator):
         (torch.Size([4, 16]), torch.Size([2, 4, 2, 3]))
     """
 
-    def __init__(self, block_size: int = 16, measurements: int = 64) -> None:
+    def __init__(self, block_size: int = 16, measurements: int = 64, patterns: BlockPatterns | None = None) -> None:
         super().__init__(block_size, measurements)
-        self.weight = nn.Parameter(torch.randn(self.shape) / block_size)
+        if patterns is not None and patterns.shape != self.shape:
+            raise ValueError(f"the patterns are of shape {patterns.shape}, the weights of shape {self.shape}")
+        start = torch.randn(self.shape) / block_size if patterns is None else patterns.matrix().clone()
+        self.weight = nn.Parameter(start)
 
     @override
     def matrix(self) -> Tensor:

@@ -58,7 +58,7 @@ def attach_baseline(
 
     Args:
         model: any module.
-        targets: as of `pibinn_plugin.prepare`.
+        targets: as of `pibinn_plugin.prepare`; for ``zero_bit`` there may be none, in a solver that learns no weights.
         quantizer: a key of `BASELINES`.
         start: sets the float weights that the targets name, before they are quantized.
 
@@ -77,7 +77,7 @@ def attach_baseline(
         raise MisconfigurationException(f"unknown quantizer {quantizer!r}; expected one of {', '.join(BASELINES)}")
     if quantizer == "fp32_dense":
         targets = densify(model, targets)
-    resolved = resolve_targets(model, targets)
+    resolved = resolve_targets(model, targets) if targets or quantizer != "zero_bit" else []
     for target in resolved:  # all checks come before the first change: an error leaves the weights as they were
         native.check(model, target)
         if quantizer == "parq" and not target.compact and target.structure.nnz(target.shape) < target.parameter.numel():

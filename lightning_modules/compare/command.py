@@ -47,6 +47,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RATE",
         help="of weights and latents, searched for every row on the first seed (0.0002 0.002 0.01)",
     )
+    parser.add_argument(
+        "--seeded",
+        nargs="+",
+        default=(),
+        metavar="OPTION",
+        help="options of fit that get each seed too, such as data.operator.seed: for an operator that the solver does "
+        "not know, another one for each seed",
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="of all results (runs/compare)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (1)")
     return parser
@@ -74,6 +82,7 @@ def main(args: Sequence[str]) -> None:
         own.learning_rates,
         own.folder,
         lambda line: print(line, flush=True),
+        own.seeded,
     )
     print(terminal_table(comparison))
     plot = plot_error_against_bits(comparison, own.folder / "error_against_bits.png")

@@ -61,6 +61,7 @@ def compare(
     learning_rates: Sequence[float] = (2e-4, 2e-3, 1e-2),
     folder: str | Path = "runs/compare",
     report: Callable[[str], None] = print,
+    seeded: Sequence[str] = (),
 ) -> Comparison:
     """Train each row at each learning rate on the first seed, and at the best of them on every seed.
 
@@ -74,6 +75,8 @@ def compare(
         learning_rates: of weights and latents; the same for all rows.
         folder: of results and packed files.
         report: gets a line for each run.
+        seeded: more options of the command line that get each seed, such as ``data.operator.seed`` where the operator
+            is unknown to the solver and should be another one for each seed.
 
     Returns:
         What `lightning_modules.compare.table` and `lightning_modules.compare.plot` show.
@@ -85,7 +88,8 @@ def compare(
     if not (rows and seeds and learning_rates):
         raise MisconfigurationException("a comparison has at least one row, one seed and one learning rate")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    first = Run(tuple(options), _config_texts(options), Row("global", "global"), seeds[0], learning_rates[0])
+    texts, row = _config_texts(options), Row("global", "global")
+    first = Run(tuple(options), texts, row, seeds[0], learning_rates[0], seeded=tuple(seeded))
     lines, left_out = [], {}
     with _quiet_lightning():
         task = _task(first)

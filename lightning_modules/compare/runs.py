@@ -50,6 +50,7 @@ class Run:
         seed: of everything that is drawn: weights, and training data where they take a seed.
         learning_rate: of weights and latents.
         start: least-squares solution that a baseline starts from, where one-bit weights start from pairs.
+        seeded: more options of the command line that get the seed.
     """
 
     options: tuple[str, ...]
@@ -58,6 +59,7 @@ class Run:
     seed: int
     learning_rate: float
     start: str | None = None
+    seeded: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -86,6 +88,7 @@ def build(run: Run, root: str) -> SolverCLI:
     arguments = [
         *run.options,
         *run.row.options,
+        *(f"--{option}={run.seed}" for option in run.seeded),
         f"--seed_everything={run.seed}",
         f"--model.learning_rate={run.learning_rate!r}",
         f"--trainer.default_root_dir={root}",

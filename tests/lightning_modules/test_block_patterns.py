@@ -57,6 +57,17 @@ def test_patterns_are_signs_of_unit_norm_from_the_seed():
     assert not torch.equal(patterns, BlockPatterns(8, 32, seed=3).patterns)
 
 
+def test_learned_patterns_start_at_given_ones_and_leave_them_alone():
+    truth, x = BlockPatterns(block_size=4, measurements=5), torch.rand(2, 1, 8, 12)
+    learned = LearnedBlockPatterns(4, 5, patterns=truth)
+    assert torch.equal(learned.A(x), truth.A(x))
+    with torch.no_grad():
+        learned.weight.zero_()
+    assert truth.patterns.abs().min() > 0
+    with pytest.raises(ValueError, match="shape"):
+        LearnedBlockPatterns(4, 6, patterns=truth)
+
+
 def test_known_patterns_are_in_no_file():
     assert BlockPatterns().state_dict() == {}
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -16,7 +17,7 @@ from torchmetrics import MetricCollection
 from lightning_modules.cli import main
 from lightning_modules.compare.comparison import compare
 from lightning_modules.compare.rows import Row, read_rows
-from lightning_modules.compare.runs import evaluate, inference_microseconds
+from lightning_modules.compare.runs import Run, build, evaluate, inference_microseconds
 from lightning_modules.data.sparse_recovery import SparseRecovery
 from lightning_modules.metrics import NMSE, nmse_db
 from lightning_modules.operators import SignBlocks
@@ -123,6 +124,15 @@ def test_other_settings_are_other_runs(folder):
     assert len({result["test"]["NMSE"] for result in results()}) == 3
 
 
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_more_options_get_the_seed(folder):
+    run = Run(("--config", "small.yaml"), (), Row("global", "global"), 3, 1e-3, seeded=("data.operator.seed",))
+    data, x = build(run, "out").datamodule, torch.randn(4, 32)
+    assert torch.equal(data.operator.A(x), SignBlocks(2, 8, 16, seed=3).A(x))
+    assert data.seed == 3
+    assert replace(run, seeded=()).name != run.name
+
+
 def test_rows_of_a_file_differ_by_their_overrides(folder, capsys):
     rows = {
         "zero_bit": None,
@@ -137,7 +147,7 @@ def test_rows_of_a_file_differ_by_their_overrides(folder, capsys):
     zero_bit = next(result for result in results() if result["run"]["row"]["name"] == "zero_bit")
     assert len(results()) == 3  # it trains no weights, and needs no search
     assert zero_bit["weight_bits"] == 0
-    assert table["deeper"][4] == f"{4 * (2 * 128 + 48) + 32:,}"  # four layers of bits and structures, one λ
+    assert table["deeper"][4] == f"{4 * 2 * 128 + 48 + 32:,}"  # the bits of four layers, one structure, one λ
     assert "±" not in table["deeper"][1]
 
 

@@ -209,6 +209,12 @@ def test_zero_bit_trains_scalars_only():
     assert module.gain.item() != 1.0
 
 
+def test_zero_bit_may_have_no_targets_and_no_other_row_may():
+    assert train([BaselineQAT({}, "zero_bit")]).gain.item() != 1.0
+    with pytest.raises(pb.TargetError, match="no targets"):
+        attach_baseline(Regression(), {}, "fp32")
+
+
 @pytest.mark.parametrize("start", [2, 0.5])
 def test_the_float_warm_up_ends_where_that_of_two_stage_qat_ends(start):
     module = train([BaselineQAT(LAYER, "layer_wise", start)])
