@@ -6,6 +6,7 @@ quartiles of the kernel's time, and ratios.
 """
 
 import ctypes
+import itertools
 import os
 import shutil
 import statistics
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from interleaved import Function, interleaved
 from products_peers import dense_peers
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from pibinn_plugin.functional import kernel
 from pibinn_plugin.nn import PackedLinear
 from pibinn_plugin.packing import PackedSigns, unpack_signs
 from pibinn_plugin.quantizer import GlobalScale
+from pibinn_plugin.structure.sparse_rows import sparse_rows
 
 RESULTS = Path(__file__).parent / "results" / "products.md"
 CASES = [
@@ -39,6 +42,12 @@ CASES = [
 DENSE_ELEMENTS = 2**24  # the largest weight that the dense peers are given
 SECONDS = 8.0  # of a case: as many rounds as fit
 COMPILED = {(8, 64, 32, 1), (8, 512, 512, 64)}  # compiling takes longer than all other measurements of a case
+PATTERNS = {  # of a 512 × 512 weight
+    "mask, 2 %": lambda: pb.Mask(torch.rand(512, 512) < 0.02),
+    "mask, 10 %": lambda: pb.Mask(torch.rand(512, 512) < 0.1),
+    "mask, 50 %": lambda: pb.Mask(torch.rand(512, 512) < 0.5),
+    "band of 11": lambda: pb.Banded(5, 5),
+}
 LANES = {"portable": 4, "avx2": 8, "avx512": 16}
 COLUMNS_IN_MEMORY, COLUMNS_IN_REGISTERS = 32 / 6, {8: 3, 16: 4}  # of a lookup, the latter by lanes
 
@@ -48,6 +57,12 @@ NOTES = (
     "on the same shapes: how many times longer they take than the kernel, medians of interleaved runs. `torch.bmm` has",
     "its weight in the layout that is fastest for it, and its input cut into blocks beforehand. Dense peers run where",
     "the dense weight fits. A share above 100 % says that the loop is no tight bound on this machine.",
+)
+NOTES_ON_PATTERNS = (
+    "Masks and bands of 512 × 512, as packed layers. The index is what the kernel reads beside the bits; it is derived",
+    "from the structure. The columns after it say how many times longer than the layer these take: its adjoint, the",
+    "reference in plain torch operations, `F.linear` with a dense float32 weight that has the structure in it, and the",
+    "same weight as a sparse CSR matrix, with its input transposed beforehand.",
 )
 
 
@@ -104,6 +119,28 @@ class Case:
         if self.shape[0] * self.shape[1] <= DENSE_ELEMENTS:
             functions |= dense_peers(self.packed.weight(torch.tensor([0.5]), False, torch.float32), self.x, self.sizes)
         return functions
+
+
+class PatternCase:
+    """A weight of any pattern, its packed layer, and an input."""
+
+    def __init__(self, structure: pb.Structure, batch: int) -> None:
+        self.structure, self.shape = structure, (512, 512)
+        self.packed = PackedSigns.pack(torch.randn(self.shape), structure, self.shape)
+        self.layer = PackedLinear(self.packed, GlobalScale(0.5), None, compact=True)
+        self.x, self.macs = torch.randn(batch, 512), batch * self.packed.nnz
+
+    def functions(self) -> dict[str, Function]:
+        """The layer, its adjoint and its peers."""
+        weight = self.packed.weight(torch.tensor([0.5]), False, torch.float32)
+        sparse, columns = weight.to_sparse_csr(), self.x.T.contiguous()
+        return {
+            "layer": lambda: self.layer(self.x),
+            "adjoint": lambda: self.layer.adjoint(self.x),
+            "plain torch": lambda: self.structure.linear(self.x, self.packed.signs(), self.shape) * 0.5,
+            "F.linear fp32": lambda: F.linear(self.x, weight),
+            "sparse CSR": lambda: sparse @ columns,
+        }
 
 
 class IssueBound:
@@ -168,6 +205,31 @@ def table_of_products() -> list[str]:
     return lines
 
 
+def table_of_patterns() -> list[str]:
+    """One row a pattern and batch: the layer, then how many times longer its adjoint and each peer take."""
+    lines: list[str] = []
+    for (name, structure), batch in itertools.product(PATTERNS.items(), (1, 64)):
+        case = PatternCase(structure(), batch)
+        samples = interleaved(case.functions(), SECONDS)
+        medians = {peer: statistics.median(values) for peer, values in samples.items()}
+        low, time_of_layer, high = statistics.quantiles(samples["layer"], n=4)
+        index = sparse_rows(case.structure, case.shape)
+        peers = [peer for peer in medians if peer != "layer"]
+        if not lines:
+            header = ["pattern, batch", "layer, µs (quartiles)", "GMAC/s", "weight bytes", "index bytes", *peers]
+            lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        cells = [
+            f"{name}, {batch}",
+            f"{time_of_layer * 1e6:,.1f} ({low * 1e6:,.1f}–{high * 1e6:,.1f})",
+            f"{case.macs / time_of_layer / 1e9:.1f}",
+            f"{case.packed.bits.numel():,}",
+            f"{0 if index is None else index.nbytes:,}",
+            *(f"{medians[peer] / time_of_layer:.1f}" for peer in peers),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def table_of_other_bars() -> list[str]:
     """The layer as a module, shapes that fit no vector, and two threads."""
     lines = ["| what | median ratio |", "|---|---|"]
@@ -211,7 +273,8 @@ def main() -> None:
     """Measure and write the tables."""
     torch.set_num_threads(1)
     with torch.no_grad():
-        bandwidth, products, others = copy_bandwidth(), table_of_products(), table_of_other_bars()
+        bandwidth, products = copy_bandwidth(), table_of_products()
+        patterns, others = table_of_patterns(), table_of_other_bars()
     lines = [
         "# Products with one-bit weights",
         "",
@@ -221,6 +284,10 @@ def main() -> None:
         f"A copy moves {bandwidth / 1e9:.1f} GB/s; load average of the machine at the end: {os.getloadavg()[0]:.1f}.",
         "",
         *products,
+        "",
+        *NOTES_ON_PATTERNS,
+        "",
+        *patterns,
         "",
         *others,
     ]

@@ -1,8 +1,7 @@
 """Products with a one-bit weight that stays packed in memory: exact, of the adjoint, and with int8 activations.
 
-Dense and block-diagonal weights are multiplied by the native kernel (`native_kernel`), where it was built and the
-tensors are on a CPU. Everything else, and every trace that is exported, runs in plain torch operations, the reference:
-the same values to the rounding of float32.
+The native kernel (`native_kernel`) multiplies, where it was built and the tensors are on a CPU. Everything else, and
+every trace that is exported, runs in plain torch operations, the reference: the same values to the rounding of float32.
 """
 
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from pibinn_plugin import native_kernel
 from pibinn_plugin.errors import PIBiNNError
-from pibinn_plugin.native_kernel import Blocks, kernel
+from pibinn_plugin.native_kernel import Layout, kernel
 from pibinn_plugin.packing import unpack_signs
 from pibinn_plugin.structure import BlockDiagonal, Shape, Structure, matrix_shape
 from pibinn_plugin.structure.base import constant
@@ -46,10 +45,10 @@ def packed_linear(
         >>> packed_linear(torch.tensor([1.0, 3.0]), bits, torch.tensor([0.5]), Dense(), (2, 2))
         tensor([ 1., -1.])
     """
-    blocks = native_kernel.blocks_of(structure, shape)
-    if blocks is not None and native_kernel.can_run(input, bits, scale, bias):
-        return _in_blocks(
-            lambda x, b: native_kernel.packed_linear(x, bits, scale, b, blocks, False), input, bias, structure
+    layout = _native_layout(input, bits, scale, bias, structure, shape)
+    if layout is not None:
+        return _in_order(
+            lambda x, b: native_kernel.packed_linear(x, bits, scale, b, layout, False), input, bias, structure
         )
     signs = unpack_signs(bits, structure.compact_shape(shape), input.dtype)
     output = structure.linear(input, signs, shape) * scale.to(input.dtype)
@@ -76,9 +75,9 @@ def packed_linear_adjoint(input: Tensor, bits: Tensor, scale: Tensor, structure:
         >>> packed_linear_adjoint(torch.tensor([1.0, 3.0]), bits, torch.tensor([0.5]), Dense(), (2, 3))
         tensor([ 1., -1., -1.])
     """
-    blocks = native_kernel.blocks_of(structure, shape)
-    if blocks is not None and native_kernel.can_run(input, bits, scale, None):
-        return _in_blocks_transposed(input, bits, scale, structure, blocks)
+    layout = _native_layout(input, bits, scale, None, structure, shape)
+    if layout is not None:
+        return _in_order_transposed(input, bits, scale, structure, layout)
     signs = unpack_signs(bits, structure.compact_shape(shape), input.dtype)
     origin = input.new_zeros((*input.shape[:-1], matrix_shape(shape)[1]))
     # The derivative of a linear map is the map: this is the adjoint of every structure, without a dense tensor.
@@ -130,16 +129,24 @@ def packed_linear_int8(
     step = _int8_step(input, per_row)
     blocks = native_kernel.blocks_of(structure, shape)
     if blocks is not None and native_kernel.can_run(input, bits, scale, bias):
-        return _in_blocks(
+        return _in_order(
             lambda x, b: native_kernel.packed_linear_int8(x, bits, scale, step, b, blocks), input, bias, structure
         )
     # Integers are exact in a float as long as their sums are; float32 products are the faster ones.
     is_small = _LARGEST_INT8 * matrix_shape(shape)[1] <= 2**24
     exact = torch.float32 if is_small and step.dtype == torch.float32 else torch.float64
     integers = (input.to(step.dtype) * step.reciprocal()).round().to(exact)
-    sums = structure.linear(integers, unpack_signs(bits, structure.compact_shape(shape), exact), shape)
+    sums = packed_linear(integers, bits, integers.new_ones(1), structure, shape)
     output = sums.to(step.dtype) * (scale.to(step.dtype) * step)
     return (output if bias is None else output + bias).to(input.dtype)
+
+
+def _native_layout(
+    input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, structure: Structure, shape: Shape
+) -> Layout | None:
+    """How the native kernel is to read the bits; None where plain torch operations are to run."""
+    # In this order: an index is made of real tensors, which those that the kernel takes are.
+    return native_kernel.layout_of(structure, shape) if native_kernel.can_run(input, bits, scale, bias) else None
 
 
 def _check_no_gradient(*tensors: Tensor | None) -> None:
@@ -165,10 +172,10 @@ def _int8_step(input: Tensor, per_row: bool) -> Tensor:
     return step.where(step.isfinite(), torch.nan)
 
 
-def _in_blocks(
+def _in_order(
     product: Callable[[Tensor, Tensor | None], Tensor], input: Tensor, bias: Tensor | None, structure: Structure
 ) -> Tensor:
-    """A product of blocks, given the input and the bias, between the orders of columns and rows."""
+    """A native product, given the input and the bias, between the orders of columns and rows that blocks may have."""
     if not isinstance(structure, BlockDiagonal) or structure.row_order is None:
         return product(input, bias)
     ordered = input.index_select(-1, constant(structure._column_index, "cpu"))  # type: ignore[attr-defined]
@@ -177,12 +184,12 @@ def _in_blocks(
     return output if bias is None else output + bias
 
 
-def _in_blocks_transposed(input: Tensor, bits: Tensor, scale: Tensor, structure: Structure, blocks: Blocks) -> Tensor:
+def _in_order_transposed(input: Tensor, bits: Tensor, scale: Tensor, structure: Structure, layout: Layout) -> Tensor:
     if not isinstance(structure, BlockDiagonal) or structure.row_order is None:
-        return native_kernel.packed_linear(input, bits, scale, None, blocks, True)
+        return native_kernel.packed_linear(input, bits, scale, None, layout, True)
     row_index = constant(structure._row_index, "cpu")  # type: ignore[attr-defined]
     column_index = constant(structure._column_index, "cpu")  # type: ignore[attr-defined]
     # A permutation's adjoint is its inverse: copying to where `index_select` would have read.
     ordered = torch.zeros_like(input).index_copy(-1, row_index, input)
-    output = native_kernel.packed_linear(ordered, bits, scale, None, blocks, True)
+    output = native_kernel.packed_linear(ordered, bits, scale, None, layout, True)
     return torch.zeros_like(output).index_copy(-1, column_index, output)

@@ -17,6 +17,7 @@ from typing_extensions import override
 from pibinn_plugin import native_kernel
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.functional import packed_linear, packed_linear_adjoint, packed_linear_int8
+from pibinn_plugin.native_kernel import Layout
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.structure import Banded, BlockDiagonal, Shape, Structure
@@ -203,30 +204,42 @@ class PackedLinear(_PackedLayer):
         super().__init__(packed, scale, bias, compact)
         structure = packed.structure
         is_permuted = isinstance(structure, BlockDiagonal) and structure.row_order is not None
-        self._blocks = None if is_permuted else native_kernel.blocks_of(structure, packed.shape)
+        self._layout = None if is_permuted else native_kernel.layout_of(structure, packed.shape)
 
     @override
     def forward(self, input: Tensor) -> Tensor:
         if self.int8_activations:
             return packed_linear_int8(input, self.bits, self._scale[0](), self.structure, self.shape, self.bias)
-        if self._blocks is not None and "bias" in self._parameters and not torch.is_grad_enabled():
-            # One call of the kernel, λ's parameter and the bias with it: more Python than this takes more time than
-            # a small product.
-            bits: Any = self._buffers["bits"]
-            bias, scale = self._parameters["bias"], self._scale[0].value
-            if native_kernel.can_run(input, bits, scale, bias):
-                rows, columns = self._blocks
-                return native_kernel.FUSED[type(rows)](input, bits, scale, rows, columns, bias)
+        if self._layout is not None and "bias" in self._parameters and not torch.is_grad_enabled():
+            output = self._fused(input, self._layout, self._parameters["bias"], False)
+            if output is not None:
+                return output
         return packed_linear(input, self.bits, self._scale[0](), self.structure, self.shape, self.bias)
 
     def adjoint(self, input: Tensor) -> Tensor:
         """``λ (S ⊙ M)ᵀ y``: input ``(..., rows)``, output ``(..., columns)``."""
+        if self._layout is not None and not torch.is_grad_enabled():
+            output = self._fused(input, self._layout, None, True)
+            if output is not None:
+                return output
         return packed_linear_adjoint(input, self.bits, self._scale[0](), self.structure, self.shape)
+
+    def _fused(self, input: Tensor, layout: Layout, bias: Tensor | None, transposed: bool) -> Tensor | None:
+        """One call of the kernel, λ's parameter and the bias with it; None where the kernel cannot run.
+
+        More Python than this takes more time than a small product.
+        """
+        bits: Any = self._buffers["bits"]
+        scale = self._scale[0].value
+        if not native_kernel.can_run(input, bits, scale, bias):
+            return None
+        rows, columns = layout  # or index and shape
+        return native_kernel.FUSED[type(rows)](input, bits, scale, rows, columns, bias, transposed)
 
     def stays_packed(self, input: Tensor) -> bool:
         """Whether products with this input multiply packed signs; elsewhere they unpack the weight, each time."""
-        is_in_blocks = native_kernel.blocks_of(self.structure, self.shape) is not None
-        return is_in_blocks and native_kernel.can_run(input, self.bits, self._scale[0].value, None)
+        can_run = native_kernel.can_run(input, self.bits, self._scale[0].value, None)
+        return can_run and native_kernel.layout_of(self.structure, self.shape) is not None
 
 
 def use_int8_activations(model: nn.Module, enabled: bool = True) -> None:

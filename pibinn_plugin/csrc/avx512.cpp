@@ -18,7 +18,7 @@
 #include "path.inc"
 
 namespace pibinn {
-extern const Path avx512_path{"avx512", LANES, scratch_bytes, compute};
+extern const Path avx512_path{"avx512", LANES, scratch_bytes, compute, sparse_scratch_bytes, compute_sparse};
 }  // namespace pibinn
 
 #if defined(__clang__)

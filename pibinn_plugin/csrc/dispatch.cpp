@@ -79,6 +79,37 @@ Division divide(const Path& path, const Problem& problem, const std::vector<Bloc
   return division;
 }
 
+// A part for every thread: of whole steps of samples and, where these are too few, of rows with as many nonzeros each.
+std::vector<SparsePart> divide_sparse(const Problem& problem, const SparseRows& rows, int64_t threads) {
+  const int64_t steps = (problem.samples + SAMPLES - 1) / SAMPLES, samples = (steps + threads - 1) / threads * SAMPLES;
+  const int64_t ranges = problem.transposed ? 1 : (threads + steps - 1) / steps;
+  std::vector<SparsePart> parts;
+  for (int64_t i = 0, row = 0; i < ranges; i++) {
+    const int64_t nonzeros = rows.starts[rows.row_count] * (i + 1) / ranges;
+    const int64_t end =
+        i + 1 < ranges ? std::lower_bound(rows.starts + row, rows.starts + rows.row_count, nonzeros) - rows.starts
+                       : rows.row_count;
+    for (int64_t n = 0; n < problem.samples && row < end; n += samples)
+      parts.push_back({row, end, n, std::min(n + samples, problem.samples)});
+    row = end;
+  }
+  return parts;
+}
+
+// Calls compute_part(i, scratch) for each of so many parts.
+template <typename Function>
+void run_parts(int64_t count, int64_t threads, int64_t scratch_bytes, const Function& compute_part) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    char* scratch = scratch_of_thread(scratch_bytes);
+    for (int64_t i = begin; i < end; i++) compute_part(i, scratch);
+  };
+  if (threads == 1) {
+    run(0, count);
+  } else {
+    torch::stable::parallel_for(0, count, 1, run);
+  }
+}
+
 }  // namespace
 
 const Path* chosen_path() {
@@ -138,15 +169,15 @@ void compute(const Path& path, const Problem& problem, const std::vector<Block>&
         parts.push_back({block, o, std::min(o + division.outputs, outputs), n,
                          std::min(n + division.samples, problem.samples)});
   }
-  const auto run = [&](int64_t begin, int64_t end) {
-    char* scratch = scratch_of_thread(bytes);
-    for (int64_t i = begin; i < end; i++) path.compute(problem, parts[i], scratch);
-  };
-  if (threads == 1) {
-    run(0, parts.size());
-  } else {
-    torch::stable::parallel_for(0, parts.size(), 1, run);
-  }
+  run_parts(parts.size(), threads, bytes, [&](int64_t i, char* scratch) { path.compute(problem, parts[i], scratch); });
+}
+
+void compute(const Path& path, const Problem& problem, const SparseRows& rows) {
+  const int64_t products = rows.starts[rows.row_count] * problem.samples;
+  const int64_t threads = products < SERIAL_PRODUCTS ? 1 : torch::stable::get_num_threads();
+  const std::vector<SparsePart> parts = divide_sparse(problem, rows, threads);
+  run_parts(parts.size(), threads, path.sparse_scratch_bytes(rows, problem.transposed),
+            [&](int64_t i, char* scratch) { path.compute_sparse(problem, rows, parts[i], scratch); });
 }
 
 }  // namespace pibinn

@@ -16,5 +16,6 @@ std::vector<Block> even_blocks(int64_t count, int64_t rows, int64_t columns, boo
 std::vector<Block> uneven_blocks(const std::vector<int64_t>& rows, const std::vector<int64_t>& columns, bool transposed);
 
 void compute(const Path& path, const Problem& problem, const std::vector<Block>& blocks);
+void compute(const Path& path, const Problem& problem, const SparseRows& rows);
 
 }  // namespace pibinn

@@ -40,6 +40,19 @@ struct Part {
   int64_t output_begin, output_end, sample_begin, sample_end;
 };
 
+// Any pattern: row r has the nonzeros starts[r] ... starts[r + 1] - 1, each with its column. The sign of nonzero i is
+// bit i, or bit order[i] where order is not null.
+struct SparseRows {
+  const int32_t *starts, *columns, *order;
+  int64_t row_count, column_count;
+};
+
+// Some rows for some samples. What is transposed has all rows in every part: they share their outputs.
+struct SparsePart {
+  int64_t row_begin, row_end, sample_begin, sample_end;
+};
+
+constexpr int64_t SAMPLES = 32;  // of a sparse product, that are summed at a time
 constexpr int64_t PANEL = 512;  // the most outputs of a part; a multiple of 32 vectors of any path
 
 struct Path {
@@ -47,6 +60,8 @@ struct Path {
   int lanes;
   int64_t (*scratch_bytes)(int64_t inputs);                             // that compute needs, for blocks of so many inputs
   void (*compute)(const Problem&, const Part&, char* scratch);  // scratch is aligned to 64 bytes
+  int64_t (*sparse_scratch_bytes)(const SparseRows&, bool transposed);
+  void (*compute_sparse)(const Problem&, const SparseRows&, const SparsePart&, char* scratch);
 };
 
 extern const Path portable_path;

@@ -97,21 +97,37 @@ float value_of(const Handle& scale, bool absolute) {
   return absolute ? std::max(std::abs(value), scalar == Scalar::float16 ? 0x1p-14f : 0x1p-126f) : value;
 }
 
-// S x for the sign matrix of these blocks, times the scale, plus the bias; null stands for 1 and 0. With activation
-// scales, one a sample, x is rounded to int8 multiples of them.
-AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, const Handle& activation_scales,
-                         const Handle& bias, const std::vector<Block>& blocks, bool transposed, bool absolute_scale) {
-  int64_t inputs = 0, outputs = 0, weights = 0, most_inputs = 0;
-  for (const Block& block : blocks) {
-    inputs += block.inputs(transposed);
-    most_inputs = std::max(most_inputs, block.inputs(transposed));
-    outputs += block.outputs(transposed);
-    weights += block.rows * block.columns;
+// A weight, transposed or not: how many inputs, outputs and bits it has, and the most inputs that are summed.
+struct Weight {
+  int64_t inputs = 0, outputs = 0, bits = 0, most_inputs = 0;
+
+  Weight(const std::vector<Block>& blocks, bool transposed) {
+    for (const Block& block : blocks) {
+      inputs += block.inputs(transposed);
+      outputs += block.outputs(transposed);
+      bits += block.rows * block.columns;
+      most_inputs = std::max(most_inputs, block.inputs(transposed));
+    }
   }
+
+  Weight(const SparseRows& rows, bool transposed)
+      : inputs(transposed ? rows.row_count : rows.column_count),
+        outputs(transposed ? rows.column_count : rows.row_count),
+        bits(rows.starts[rows.row_count]),
+        most_inputs(inputs) {}
+};
+
+// S x for the sign matrix of these blocks or rows, times the scale, plus the bias; null stands for 1 and 0. With
+// activation scales, one a sample, x is rounded to int8 multiples of them.
+template <typename Layout>
+AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, const Handle& activation_scales,
+                         const Handle& bias, const Layout& layout, bool transposed, bool absolute_scale) {
+  const Weight weight(layout, transposed);
+  const int64_t inputs = weight.inputs, outputs = weight.outputs;
   const Dimensions packed(bits);
   STD_TORCH_CHECK(dtype_of(bits) == aoti_torch_dtype_uint8() && packed.is_contiguous() && packed.count == 1 &&
-                      packed.sizes[0] == (weights + 7) / 8,
-                  "pibinn: an input of ", inputs, " features stands for ", weights,
+                      packed.sizes[0] == (weight.bits + 7) / 8,
+                  "pibinn: an input of ", inputs, " features stands for ", weight.bits,
                   " weights, which the bits are not");
   Dimensions given(input);
   STD_TORCH_CHECK(given.count > 0 && given.sizes[given.count - 1] == inputs, "pibinn: expected an input of ", inputs,
@@ -154,7 +170,7 @@ AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, 
     int64_t count = 1;
     for (int64_t i = 0; i < scales.count; i++) count *= scales.sizes[i];
     STD_TORCH_CHECK(scalar_of(dtype_of(activation_scales)) == Scalar::float32 && scales.is_contiguous() &&
-                        count == problem.samples && most_inputs < MOST_INT8_INPUTS,
+                        count == problem.samples && weight.most_inputs < MOST_INT8_INPUTS,
                     "pibinn: expected ", problem.samples, " activation scales, contiguous, in float32, and fewer than ",
                     MOST_INT8_INPUTS, " columns in a block");
     problem.activation_scales = reinterpret_cast<const float*>(data_of(activation_scales));
@@ -165,7 +181,7 @@ AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, 
                     "pibinn: expected a bias of shape (", outputs, ",), contiguous, of the dtype of the input");
     problem.bias = data_of(bias);
   }
-  compute(*chosen_path(), problem, blocks);
+  compute(*chosen_path(), problem, layout);
   return output.release();
 }
 
@@ -186,6 +202,22 @@ std::vector<Block> take_uneven_blocks(StableIValue rows_value, StableIValue colu
   return uneven_blocks(rows, columns, transposed);
 }
 
+// The index is starts, columns and, unless bits lie by row, their order, one after the other. Its sizes are checked. That
+// its numbers lie within them is left to who makes it: to look at each of them takes as long as a product.
+SparseRows take_sparse_rows(const Handle& index, StableIValue shape_value) {
+  const auto shape = to<std::vector<int64_t>>(shape_value);
+  const Dimensions given(index);
+  STD_TORCH_CHECK(shape.size() == 2 && shape[0] > 0 && shape[1] > 0 && dtype_of(index) == aoti_torch_dtype_int32() &&
+                      given.count == 1 && given.is_contiguous() && given.sizes[0] > shape[0],
+                  "pibinn: expected the shape of a matrix, and its index in int32, contiguous");
+  const auto* starts = reinterpret_cast<const int32_t*>(data_of(index));
+  const int64_t nonzeros = starts[shape[0]], rest = given.sizes[0] - shape[0] - 1;
+  STD_TORCH_CHECK(starts[0] == 0 && nonzeros > 0 && (rest == nonzeros || rest == 2 * nonzeros),
+                  "pibinn: expected an index of ", shape[0], " rows, got one of another number");
+  const int32_t* columns = starts + shape[0] + 1;
+  return {starts, columns, rest == nonzeros ? nullptr : columns + nonzeros, shape[0], shape[1]};
+}
+
 // Every handle is taken before anything can throw: what is taken is also given back.
 
 template <bool Even>
@@ -196,6 +228,16 @@ void packed_linear(StableIValue* stack, uint64_t, uint64_t) {
   const auto blocks = Even ? take_even_blocks(input, stack[3], stack[4], transposed)
                            : take_uneven_blocks(stack[3], stack[4], transposed);
   stack[0] = stable::detail::from(product(std::move(input), bits, scale, nullptr, bias, blocks, transposed, !signed_scale));
+}
+
+void packed_linear_sparse(StableIValue* stack, uint64_t, uint64_t) {
+  Handle input = take_tensor(stack[0]);
+  const Handle bits = take_tensor(stack[1]), scale = take_tensor(stack[2]), index = take_tensor(stack[3]);
+  const Handle bias = take_optional_tensor(stack[5]);
+  const bool transposed = to<bool>(stack[6]), signed_scale = to<bool>(stack[7]);
+  const SparseRows rows = take_sparse_rows(index, stack[4]);
+  stack[0] =
+      stable::detail::from(product(std::move(input), bits, scale, nullptr, bias, rows, transposed, !signed_scale));
 }
 
 template <bool Even>
@@ -219,19 +261,31 @@ void sign_product(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = stable::detail::from(product(std::move(input), bits, nullptr, nullptr, nullptr, blocks, transposed, false));
 }
 
+void sign_product_sparse(StableIValue* stack, uint64_t, uint64_t) {
+  Handle input = take_tensor(stack[0]);
+  const Handle bits = take_tensor(stack[1]), index = take_tensor(stack[2]);
+  const bool transposed = to<bool>(stack[4]);
+  const SparseRows rows = take_sparse_rows(index, stack[3]);
+  stack[0] = stable::detail::from(product(std::move(input), bits, nullptr, nullptr, nullptr, rows, transposed, false));
+}
+
 }  // namespace
 }  // namespace pibinn
 
 // packed_linear has the scale and the bias in it and no gradient; sign_product is linear and has one, given in Python.
 // packed_linear_int8 rounds each sample to int8 multiples of its activation scale; its scale is a signed one.
-// Rows and columns are those of each block. An unsigned scale is what GlobalScale makes of its parameter. What has a
-// default is last: each argument that a call passes costs as much as a hundred multiply-adds.
+// Rows and columns are those of each block; index and shape are those of a matrix of any pattern. An unsigned scale is
+// what GlobalScale makes of its parameter. What has a default is last: each argument that a call passes costs as much as
+// a hundred multiply-adds.
 STABLE_TORCH_LIBRARY(pibinn, m) {
   m.def(
       "packed_linear(Tensor input, Tensor bits, Tensor scale, int rows, int columns, Tensor? bias=None, "
       "bool transposed=False, bool signed_scale=False) -> Tensor");
   m.def(
       "packed_linear.uneven(Tensor input, Tensor bits, Tensor scale, int[] rows, int[] columns, Tensor? bias=None, "
+      "bool transposed=False, bool signed_scale=False) -> Tensor");
+  m.def(
+      "packed_linear.sparse(Tensor input, Tensor bits, Tensor scale, Tensor index, int[] shape, Tensor? bias=None, "
       "bool transposed=False, bool signed_scale=False) -> Tensor");
   m.def(
       "packed_linear_int8(Tensor input, Tensor bits, Tensor scale, Tensor activation_scales, int rows, int columns, "
@@ -241,19 +295,22 @@ STABLE_TORCH_LIBRARY(pibinn, m) {
       "int[] columns, Tensor? bias=None) -> Tensor");
   m.def("sign_product(Tensor input, Tensor bits, int rows, int columns, bool transposed=False) -> Tensor");
   m.def("sign_product.uneven(Tensor input, Tensor bits, int[] rows, int[] columns, bool transposed=False) -> Tensor");
+  m.def("sign_product.sparse(Tensor input, Tensor bits, Tensor index, int[] shape, bool transposed=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pibinn, CPU, m) {
   m.impl("packed_linear", &pibinn::packed_linear<true>);
   m.impl("packed_linear.uneven", &pibinn::packed_linear<false>);
+  m.impl("packed_linear.sparse", &pibinn::packed_linear_sparse);
   m.impl("packed_linear_int8", &pibinn::packed_linear_int8<true>);
   m.impl("packed_linear_int8.uneven", &pibinn::packed_linear_int8<false>);
   m.impl("sign_product", &pibinn::sign_product<true>);
   m.impl("sign_product.uneven", &pibinn::sign_product<false>);
+  m.impl("sign_product.sparse", &pibinn::sign_product_sparse);
 }
 
 // Raised with every change of the operators above: Python leaves a shared object that was built before it alone.
-extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 2; }
+extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 3; }
 
 // The name of the path in use, for Python; an error as its message, which starts with PIBINN_KERNEL.
 extern "C" __attribute__((visibility("default"))) const char* pibinn_kernel() {

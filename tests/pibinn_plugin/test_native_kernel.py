@@ -72,7 +72,7 @@ def test_adjoint_is_the_product_with_the_transpose(case, batch, seed):
     torch.testing.assert_close(x, y.double() @ weight)
 
 
-@pytest.mark.parametrize(("structure", "shape"), BLOCKS)
+@pytest.mark.parametrize(("structure", "shape"), BLOCKS + OTHERS)
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
 def test_infinite_missing_and_huge_inputs_keep_their_meaning(structure, shape, value):
     layer, x = packed_layer(structure, shape, bias=False), torch.zeros(9, shape[1])
@@ -114,7 +114,7 @@ def test_threads_change_nothing(structure, shape):
 # ------------------------------------------------------------------------------------------------- never out of date
 
 
-@pytest.mark.parametrize(("structure", "shape"), BLOCKS)
+@pytest.mark.parametrize(("structure", "shape"), BLOCKS + OTHERS)
 def test_layer_follows_every_change_of_its_bits_scale_and_bias(structure, shape):
     layer, other, x = packed_layer(structure, shape), packed_layer(structure, shape), torch.randn(3, shape[1])
 

@@ -28,6 +28,7 @@ SIZES = [
     (1, 97, 64),
 ]
 SAMPLES = (1, 6, 7, 13, 33)
+DENSITIES = (0.005, 0.05, 0.3, 1.0)
 
 
 class GuardedMemory:
@@ -61,15 +62,30 @@ def random_weight(memory, blocks):
     return matrix, bits, *(("default", blocks[0]) if is_even else ("uneven", (rows, columns)))
 
 
+def random_sparse_weight(memory, rows, columns, density, is_ordered):
+    """Random signs of a random pattern, their bits by row or in random order, and what operators take for them."""
+    pattern = torch.rand(rows, columns) < density
+    pattern[random.randrange(rows), random.randrange(columns)] = True
+    count = int(pattern.sum())
+    places = torch.arange(count) if is_ordered else torch.randperm(count)
+    flags = torch.randint(0, 2, (count,)) > 0
+    matrix = torch.zeros(rows, columns, dtype=torch.double)
+    matrix[pattern] = flags[places].double() * 2 - 1
+    starts = torch.cat([torch.zeros(1), pattern.sum(1).cumsum(0)])
+    parts = [starts, pattern.nonzero()[:, 1]] + ([] if is_ordered else [places])
+    index = memory[2].copy(torch.cat(parts).int())
+    return matrix, memory[0].copy(pack_bits(flags)), "sparse", (index, [rows, columns])
+
+
 def random_input(memory, samples, inputs, dtype, strided):
     """Random samples, side by side in memory or each behind as many other values."""
     input = torch.randn(samples, 2 * inputs if strided else inputs).to(dtype)
     return memory.copy(input)[:, -inputs:]
 
 
-def error(memory, blocks, samples, dtype, transposed, strided):
+def error(memory, weight, samples, dtype, transposed, strided):
     """One random product, with and without a bias; its error in units of the allowed one."""
-    matrix, bits, overload, sizes = random_weight(memory[0], blocks)
+    matrix, bits, overload, sizes = weight
     matrix = 0.37 * (matrix.T if transposed else matrix)
     outputs, inputs = matrix.shape
     input = random_input(memory[1], samples, inputs, dtype, strided)
@@ -115,15 +131,22 @@ def main():
     """Run every case and print the result."""
     random.seed(0)
     torch.manual_seed(0)
-    memory, worst = (GuardedMemory(1 << 17), GuardedMemory(1 << 20)), 0.0
+    memory, worst = (GuardedMemory(1 << 17), GuardedMemory(1 << 20), GuardedMemory(1 << 19)), 0.0
     for (count, *sizes), samples, transposed in itertools.product(SIZES, SAMPLES, (False, True)):
-        worst = max(worst, error(memory, [tuple(sizes)] * count, samples, torch.float32, transposed, False))
+        weight = random_weight(memory[0], [tuple(sizes)] * count)
+        worst = max(worst, error(memory, weight, samples, torch.float32, transposed, False))
         check_int8(memory, [tuple(sizes)] * count, samples, torch.float32, False)
     for _ in range(80):
         blocks = [(random.randint(0, 99), random.randint(0, 99)) for _ in range(random.randint(1, 4))] + [(3, 2)]
         dtype, transposed, strided = random.choice(list(TOLERANCE)), random.random() < 0.5, random.random() < 0.5
-        worst = max(worst, error(memory, blocks, random.choice(SAMPLES), dtype, transposed, strided))
+        weight = random_weight(memory[0], blocks)
+        worst = max(worst, error(memory, weight, random.choice(SAMPLES), dtype, transposed, strided))
         check_int8(memory, blocks, random.choice(SAMPLES), dtype, strided)
+    for _ in range(160):
+        rows, columns, density = random.randint(1, 200), random.randint(1, 200), random.choice(DENSITIES)
+        dtype, transposed, strided = random.choice(list(TOLERANCE)), random.random() < 0.5, random.random() < 0.5
+        weight = random_sparse_weight(memory, rows, columns, density, random.random() < 0.5)
+        worst = max(worst, error(memory, weight, random.choice(SAMPLES), dtype, transposed, strided))
     print(kernel(), f"{worst:.3f}")
 
 
