@@ -49,6 +49,7 @@ PATTERNS = {  # of a 512 × 512 weight
     "band of 11": lambda: pb.Banded(5, 5),
 }
 LANES = {"portable": 4, "avx2": 8, "avx512": 16}
+LOOKUPS = 1_000_000
 COLUMNS_IN_MEMORY, COLUMNS_IN_REGISTERS = 32 / 6, {8: 3, 16: 4}  # of a lookup, the latter by lanes
 
 NOTES = (
@@ -56,7 +57,7 @@ NOTES = (
     "additions alone, from the first cache or (batches below a vector) from registers. The columns after it are peers",
     "on the same shapes: how many times longer they take than the kernel, medians of interleaved runs. `torch.bmm` has",
     "its weight in the layout that is fastest for it, and its input cut into blocks beforehand. Dense peers run where",
-    "the dense weight fits. A share above 100 % says that the loop is no tight bound on this machine.",
+    "the dense weight fits. It counts neither the extraction of indices nor the building of tables.",
 )
 NOTES_ON_PATTERNS = (
     "Masks and bands of 512 × 512, as packed layers. The index is what the kernel reads beside the bits; it is derived",
@@ -155,12 +156,14 @@ class IssueBound:
             command = [compiler, "-O3", "-shared", "-fPIC", f"-DLANES={self.lanes}", flags, str(source), "-o", library]
             subprocess.run(command, check=True)
             self.loops = ctypes.CDLL(library)
+        for loop in (self.loops.lookups_in_memory, self.loops.lookups_in_registers):
+            loop.argtypes, loop.restype = [ctypes.c_long], None
 
     def loop(self, batch: int) -> tuple[Function, float]:
         """A loop, and the multiply-adds that one call of it stands for."""
         if batch > self.lanes or self.lanes == 4:
-            return lambda: self.loops.lookups_in_memory(4_000), 4_000 * 8192 / 4 * COLUMNS_IN_MEMORY
-        return lambda: self.loops.lookups_in_registers(250_000), 1e6 * self.lanes * COLUMNS_IN_REGISTERS[self.lanes]
+            return lambda: self.loops.lookups_in_memory(LOOKUPS), LOOKUPS * self.lanes * COLUMNS_IN_MEMORY
+        return lambda: self.loops.lookups_in_registers(LOOKUPS), LOOKUPS * self.lanes * COLUMNS_IN_REGISTERS[self.lanes]
 
 
 def copy_bandwidth() -> float:
