@@ -145,7 +145,7 @@ def _native_layout(
     input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, structure: Structure, shape: Shape
 ) -> Layout | None:
     """How the native kernel is to read the bits; None where plain torch operations are to run."""
-    # In this order: an index is made of real tensors, which those that the kernel takes are.
+    # In this order: an index is not made where the kernel cannot run.
     return native_kernel.layout_of(structure, shape) if native_kernel.can_run(input, bits, scale, bias) else None
 
 

@@ -20,9 +20,12 @@ from typing import Any, cast
 import torch
 import torch.autograd.forward_ad
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.structure import BlockDiagonal, Dense, Shape, Structure, matrix_shape
+from pibinn_plugin.structure.base import constant
 from pibinn_plugin.structure.sparse_rows import sparse_rows
 
 # The rows and the columns of each block: one number where all blocks are equal.
@@ -31,6 +34,9 @@ Blocks = tuple[int, int] | tuple[tuple[int, ...], tuple[int, ...]]
 Layout = Blocks | tuple[Tensor, tuple[int, int]]
 
 _INTERFACE = 3  # of the shared object; raised with every change of its operators
+
+# Not a tensor subclass with products of its own. The latter two stand for tensors while a torchao weight is compiled.
+_KINDS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -111,10 +117,10 @@ def can_run(input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> 
         _KERNEL != "torch"
         and input.dtype in DTYPES
         and scale.dtype in DTYPES
-        and (type(input) is Tensor or type(input) is nn.Parameter)
-        and (type(bits) is Tensor or type(bits) is nn.Parameter)
-        and (type(scale) is Tensor or type(scale) is nn.Parameter)
-        and (bias is None or (bias.dtype is input.dtype and (type(bias) is Tensor or type(bias) is nn.Parameter)))
+        and type(input) in _KINDS
+        and type(bits) in _KINDS
+        and type(scale) in _KINDS
+        and (bias is None or (bias.dtype is input.dtype and type(bias) in _KINDS))
         and input.is_cpu
         and bits.is_cpu
         and scale.is_cpu
@@ -132,13 +138,16 @@ def packed_linear(
 ) -> Tensor:
     """``λ S x + b``, or ``λ Sᵀ x``; differentiable in input, λ and bias."""
     rows, columns = layout  # or index and shape
+    kind = type(rows)
+    if isinstance(rows, Tensor) and type(input) is not Tensor:
+        rows = constant(rows, "cpu")  # into the trace that the input may be of
     needs_gradient = torch.is_grad_enabled() and (
         input.requires_grad or scale.requires_grad or (bias is not None and bias.requires_grad)
     )
     if needs_gradient:
-        output = PRODUCT[type(rows)](input, bits, rows, columns, transposed) * scale.to(input.dtype)
+        output = PRODUCT[kind](input, bits, rows, columns, transposed) * scale.to(input.dtype)
         return output if bias is None else output + bias
-    return FUSED[type(rows)](input, bits, scale, rows, columns, bias, transposed, True)
+    return FUSED[kind](input, bits, scale, rows, columns, bias, transposed, True)
 
 
 def packed_linear_int8(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from typing_extensions import override
 
+from pibinn_plugin import native_kernel
 from pibinn_plugin.errors import PIBiNNError, ScaleError, StructureError, TargetError
 from pibinn_plugin.functional import packed_linear
 from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, CompactLinear, compact_linear
@@ -277,7 +278,8 @@ class PIBiNNTensor(TorchAOBaseTensor):
     def __init__(self, bits: Tensor, scale: Tensor, structure: str, dense_shape: list[int], dtype: torch.dtype) -> None:
         super().__init__()
         self.bits, self.scale, self.structure, self.dense_shape = bits, scale, structure, list(dense_shape)
-        _structure(structure)  # now: compiled code has no real tensors to read a mask into
+        # Now: compiled code has no real tensors to read a mask into, or to make an index of.
+        native_kernel.layout_of(_structure(structure), tuple(dense_shape))
 
     @property
     def packed_signs(self) -> PackedSigns:

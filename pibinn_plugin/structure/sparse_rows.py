@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pibinn_plugin.structure.base import Shape, Structure, matrix_shape
 
@@ -35,7 +36,8 @@ def sparse_rows(structure: Structure, shape: Shape) -> Tensor | None:
         return kept[matrix]
     if torch.compiler.is_compiling() or max(structure.nnz(shape), *matrix) > _LARGEST:
         return None
-    with torch.inference_mode(False), torch.device("cpu"):  # what is kept serves training, too
+    # What is kept serves training too, and is of real tensors under whatever mode it is made.
+    with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
         kept = {**kept, matrix: _index(structure.positions(shape), *matrix)}
     object.__setattr__(structure, "_sparse_rows", kept)
     return kept[matrix]

@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import FqnToConfig, quantize_
 from torchao.quantization.qat import FakeQuantizedLinear, QATConfig
 from torchao.quantization.qat.linear import disable_linear_fake_quant, enable_linear_fake_quant
 
 from pibinn_plugin import PIBiNNError, ScaleError, StructureError, TargetError, convert, global_scale
+from pibinn_plugin.functional import kernel
 from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale, quantize_sign
@@ -296,6 +298,23 @@ def test_packed_model_compiles_without_a_graph_break(structure, batch):
     quantize_(model, PIBiNNWeightOnlyConfig(structure))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(batch), model(batch))
+
+
+@pytest.mark.skipif(kernel() == "torch", reason="the native kernel was not built, or is switched off")
+@pytest.mark.parametrize("structure", [BlockDiagonal(4), PERMUTED, EYE, Banded(1, 0)], ids=str)
+def test_a_compiled_packed_model_multiplies_its_bits_as_they_are(structure, batch):
+    model, called = float_model()[:1], []
+    quantize_(model, PIBiNNWeightOnlyConfig(structure))
+
+    def keep(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(batch), model(batch))
+    assert len([name for name in called if name.startswith("pibinn.packed_linear")]) == 1
+    assert not any("bitwise_and" in name for name in called)
 
 
 def test_packed_tensor_that_does_not_fit_its_bits_is_refused():
