@@ -57,7 +57,7 @@ NOTES = (
     "additions alone, from the first cache or (batches below a vector) from registers. The columns after it are peers",
     "on the same shapes: how many times longer they take than the kernel, medians of interleaved runs. `torch.bmm` has",
     "its weight in the layout that is fastest for it, and its input cut into blocks beforehand. Dense peers run where",
-    "the dense weight fits. It counts neither the extraction of indices nor the building of tables.",
+    "the dense weight fits. The bound counts neither finding an entry nor building the tables.",
 )
 NOTES_ON_PATTERNS = (
     "Masks and bands of 512 × 512, as packed layers. The index is what the kernel reads beside the bits; it is derived",
