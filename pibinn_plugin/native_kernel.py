@@ -133,14 +133,20 @@ def can_run(input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> 
     )
 
 
+def as_arguments(layout: Layout, input: Tensor) -> tuple[Any, Any]:
+    """The two arguments that an operator takes for a layout: an index goes into the trace that the input may be of."""
+    first, second = layout
+    if isinstance(first, Tensor) and type(input) is not Tensor:
+        return constant(first, "cpu"), second
+    return first, second
+
+
 def packed_linear(
     input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout, transposed: bool
 ) -> Tensor:
     """``λ S x + b``, or ``λ Sᵀ x``; differentiable in input, λ and bias."""
-    rows, columns = layout  # or index and shape
-    kind = type(rows)
-    if isinstance(rows, Tensor) and type(input) is not Tensor:
-        rows = constant(rows, "cpu")  # into the trace that the input may be of
+    kind = type(layout[0])
+    rows, columns = as_arguments(layout, input)
     needs_gradient = torch.is_grad_enabled() and (
         input.requires_grad or scale.requires_grad or (bias is not None and bias.requires_grad)
     )

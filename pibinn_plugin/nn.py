@@ -233,8 +233,8 @@ class PackedLinear(_PackedLayer):
         scale = self._scale[0].value
         if not native_kernel.can_run(input, bits, scale, bias):
             return None
-        rows, columns = layout  # or index and shape
-        return native_kernel.FUSED[type(rows)](input, bits, scale, rows, columns, bias, transposed)
+        operator, arguments = native_kernel.FUSED[type(layout[0])], native_kernel.as_arguments(layout, input)
+        return operator(input, bits, scale, *arguments, bias, transposed)
 
     def stays_packed(self, input: Tensor) -> bool:
         """Whether products with this input multiply packed signs; elsewhere they unpack the weight, each time."""

@@ -220,6 +220,17 @@ def test_compiled_layers_call_the_kernel_and_exported_programs_do_not(case):
 
 
 @pytest.mark.parametrize("case", range(3))
+def test_a_layer_runs_on_fake_tensors(case):
+    structure, shape = cases()[case]
+    model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0]))
+    packed, x = pb.convert(pb.prepare(model, {"0.weight": structure})), torch.randn(3, shape[1])
+    with FakeTensorMode() as mode, torch.no_grad():
+        state = {name: mode.from_tensor(value) for name, value in [*packed.named_parameters(), *packed.named_buffers()]}
+        fake = torch.func.functional_call(packed, state, (mode.from_tensor(x),))
+    assert fake.shape == (3, shape[0])
+
+
+@pytest.mark.parametrize("case", range(3))
 def test_first_use_in_a_trace_leaves_nothing_of_it_behind(case):
     structure, shape = cases()[case]
     bits, scale, x = packed_layer(structure, shape).bits, torch.tensor([0.5]), torch.randn(3, shape[1])
