@@ -233,8 +233,11 @@ class PackedLinear(_PackedLayer):
         scale = self._scale[0].value
         if not native_kernel.can_run(input, bits, scale, bias):
             return None
-        operator, arguments = native_kernel.FUSED[type(layout[0])], native_kernel.as_arguments(layout, input)
-        return operator(input, bits, scale, *arguments, bias, transposed)
+        rows, columns = layout
+        kind = type(rows)
+        if kind is Tensor:
+            rows, columns = native_kernel.as_arguments(layout, input)
+        return native_kernel.FUSED[kind](input, bits, scale, rows, columns, bias, transposed)
 
     def stays_packed(self, input: Tensor) -> bool:
         """Whether products with this input multiply packed signs; elsewhere they unpack the weight, each time."""
