@@ -7,23 +7,32 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.operators.subsampled import dct
+
 __all__ = ["HiddenLISTA"]
 
 
 class HiddenLISTA(nn.Module):
     r"""Separates an additive artifact from a signal by unrolled sparse coding in learned features.
 
-    The noisy epoch m is rearranged into `stride` phases u, each sampled at every `stride`-th point. From z = 0,
+    The noisy epoch m is cut into frames of `stride` samples, and C takes the orthonormal cosine transform (DCT-II) of
+    each, of which the lowest `frequencies` are kept: C m is a signal of as many channels. From z = 0 and an artifact
+    e = 0,
 
     .. math::
-        z \leftarrow \mathrm{relu}(z + P(s_k S_k z) + w_k W_k u - \theta_k), \quad k = 1 \dots K, \qquad
-        \hat x = m - d D z,
+        z \leftarrow \mathrm{relu}\big(z + P(s_k S_k z) + w_k W_k (a \odot (C m - e)) - \theta_k\big), \quad
+        e \leftarrow e + b \odot d_k D_k z, \quad k = 1 \dots K, \qquad \hat x = m - C^T e.
 
-    where D z, back in the order of samples, is the artifact. W, S and D are convolutions over the phases; S works in
-    `groups` separate groups of channels, and the fixed permutation P deals the channels out to the groups anew (as in
-    ShuffleNet). The first layer has no S, its state being zero. It is LISTA (Gregor and LeCun, "Learning Fast
-    Approximations of Sparse Coding", ICML 2010) with weights of its own in each layer, a nonnegative code and I - W A
-    replaced by I + S.
+    W, S and D are convolutions over the frames; S works in `groups` separate groups of channels, and the fixed
+    permutation P deals the channels out to the groups anew (as in ShuffleNet). The first layer has no S, its state
+    being zero. It is LISTA (Gregor and LeCun, "Learning Fast Approximations of Sparse Coding", ICML 2010) with weights
+    of its own in each layer, a nonnegative code and S beside the residual: each layer sees what the dictionaries before
+    it have left, and mends it.
+
+    C is the physics: neither eye movements nor most of the EEG reach beyond the lowest frequencies, and both fall with
+    frequency f, eye movements faster. So a and b, one gain for each frequency, start at f, which whitens the spectrum
+    roughly, and at f⁻², for f = 1, 2, ... `frequencies`. Weights of one magnitude then see all frequencies, and do not
+    write as much into the high ones as into the low.
 
     The weights of the convolutions, `*_convolution*.weight`, hold structural weights only: a group is stored as its
     block. The scalars s, w, d are explicit step sizes. They let layers differ in scale when all weights share one.
@@ -31,72 +40,89 @@ class HiddenLISTA(nn.Module):
     Args:
         channels: Channels of the state z; a multiple of `groups`.
         layers: Number K of iterations.
-        kernel_size: Length of the convolutions over the phases; odd.
-        stride: Number of phases.
+        kernel_size: Length of the convolutions, in frames; odd.
+        stride: Samples of a frame.
+        frequencies: Kept of a frame's transform; at most `stride`.
         groups: Channel groups of S.
-        step_sizes: Whether there are step sizes; without, they are 1 throughout.
+        step_sizes: Whether step sizes and gains are learned. If not, they stay where they start, known from the sizes
+            of the network, and are in no checkpoint or file.
 
     Raises:
         ValueError: If an argument is out of range, or, by `forward`, if the input is not (batch, samples) with samples
             a multiple of `stride`.
 
     Example:
-        >>> solver = HiddenLISTA(channels=8, layers=3, stride=4, groups=2)
+        >>> solver = HiddenLISTA(channels=8, layers=3, stride=4, frequencies=2, groups=2)
         >>> solver(torch.zeros(5, 64)).shape
         torch.Size([5, 64])
     """
 
+    basis: Tensor
+    input_gains: Tensor
+    output_gains: Tensor
+    input_step_sizes: Tensor
+    state_step_sizes: Tensor
+    output_step_sizes: Tensor
+
     def __init__(
         self,
-        channels: int = 88,
-        layers: int = 6,
+        channels: int = 76,
+        layers: int = 8,
         kernel_size: int = 9,
         stride: int = 16,
+        frequencies: int = 6,
         groups: int = 4,
         step_sizes: bool = True,
     ) -> None:
         super().__init__()
-        if min(channels, layers, kernel_size, stride, groups) < 1 or channels % groups or kernel_size % 2 == 0:
+        if (
+            min(channels, layers, kernel_size, stride, frequencies, groups) < 1
+            or channels % groups
+            or kernel_size % 2 == 0
+            or frequencies > stride
+        ):
             raise ValueError(
-                f"channels={channels}, layers={layers}, kernel_size={kernel_size}, stride={stride}, groups={groups}: "
-                "all must be positive, kernel_size odd, and channels a multiple of groups."
+                f"channels={channels}, layers={layers}, kernel_size={kernel_size}, stride={stride}, "
+                f"frequencies={frequencies}, groups={groups}: all must be positive, kernel_size odd, channels a "
+                "multiple of groups, and frequencies at most the stride."
             )
-        self.stride = stride
-        self.groups = groups
-        self.input_convolutions = nn.ModuleList(_convolution(stride, channels, kernel_size) for _ in range(layers))
+        self.stride, self.groups = stride, groups
+        self.register_buffer("basis", dct(torch.eye(stride))[:, :frequencies].contiguous(), persistent=False)
+        self.input_convolutions = nn.ModuleList(_convolution(frequencies, channels, kernel_size) for _ in range(layers))
         self.state_convolutions = nn.ModuleList(
             _convolution(channels, channels, kernel_size, groups) for _ in range(layers - 1)
         )
-        self.output_convolution = _convolution(channels, stride, kernel_size)
+        self.output_convolutions = nn.ModuleList(
+            _convolution(channels, frequencies, kernel_size) for _ in range(layers)
+        )
         self.thresholds = nn.Parameter(torch.full((layers, channels, 1, 1), 0.05))
-        self.input_step_sizes = self._step_sizes(layers, step_sizes)
-        self.state_step_sizes = self._step_sizes(layers - 1, step_sizes)
-        self.output_step_size = self._step_sizes(1, step_sizes)
-        self._initialise()
-
-    def _step_sizes(self, count: int, learned: bool) -> nn.Parameter | None:
-        return nn.Parameter(torch.ones(count)) if learned else None
+        frequency = torch.arange(1.0, frequencies + 1)
+        scalars = {"input_gains": frequency, "output_gains": frequency**-2, **self._initialised()}
+        for name, value in scalars.items():
+            if step_sizes:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value, persistent=False)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
-        """Draw normal weights of gain 0.5 (input) and 0.3 (state, output).
+    def _initialised(self) -> dict[str, Tensor]:
+        """Draw normal weights, all of one deviation: they can share one scale later on. Return the step sizes.
 
-        With step sizes, all weights get the deviation of those of S and the step sizes make up for it: weights of one
-        magnitude can share one scale later on.
+        These give each convolution its gain: 0.5, and 0.3 at the output, of all layers together.
         """
-        fan_in_state = self.output_convolution.weight[0].numel() // self.groups
-        for convolutions, steps, gain in (
-            (self.input_convolutions, self.input_step_sizes, 0.5),
-            (self.state_convolutions, self.state_step_sizes, 0.3),
-            (nn.ModuleList([self.output_convolution]), self.output_step_size, 0.3),
-        ):
-            for number, convolution in enumerate(convolutions):
-                weight = convolution.get_parameter("weight")
-                deviation = gain / math.sqrt(weight[0].numel())
-                if steps is not None:
-                    steps[number] = deviation * math.sqrt(fan_in_state)
-                    deviation = 1 / math.sqrt(fan_in_state)
-                weight.normal_(std=deviation)
+        layers = len(self.thresholds)
+        inputs, states = (
+            convolutions[0].get_parameter("weight")[0].numel()
+            for convolutions in (self.input_convolutions, self.output_convolutions)
+        )
+        deviation = math.sqrt(self.groups / states)
+        for convolution in (*self.input_convolutions, *self.state_convolutions, *self.output_convolutions):
+            convolution.get_parameter("weight").normal_(std=deviation)
+        return {
+            "input_step_sizes": torch.full((layers,), 0.5 / math.sqrt(inputs) / deviation),
+            "state_step_sizes": torch.full((layers - 1,), 0.5),
+            "output_step_sizes": torch.full((layers,), 0.3 / math.sqrt(layers * states) / deviation),
+        }
 
     def forward(self, noisy: Tensor) -> Tensor:
         """Estimate the clean epochs.
@@ -113,26 +139,27 @@ class HiddenLISTA(nn.Module):
                 f"of the stride, {self.stride}."
             )
         # A view in channels-last layout, which every operation below keeps.
-        phases = noisy.unflatten(1, (1, -1, self.stride)).permute(0, 3, 1, 2)
-        state = torch.relu(self._input(0, phases) - self.thresholds[0])
-        for layer in range(1, len(self.input_convolutions)):
-            state = state + self._input(layer, phases) + self._shuffled_state(layer - 1, state)
+        spectra = (noisy.unflatten(1, (1, -1, self.stride)) @ self.basis).permute(0, 3, 1, 2)
+        state = torch.relu(self._input(0, spectra) - self.thresholds[0])
+        residual = spectra - self._output(0, state)
+        for layer in range(1, len(self.thresholds)):
+            state = state + self._input(layer, residual) + self._shuffled_state(layer - 1, state)
             state = torch.relu(state - self.thresholds[layer])
-        artifact = self.output_convolution(state)
-        if self.output_step_size is not None:
-            artifact = self.output_step_size * artifact
-        return noisy - artifact.permute(0, 2, 3, 1).flatten(1)
+            residual = residual - self._output(layer, state)
+        artifact = (spectra - residual).permute(0, 2, 3, 1) @ self.basis.T
+        return noisy - artifact.flatten(1)
 
-    def _input(self, layer: int, phases: Tensor) -> Tensor:
-        # The step size multiplies the phases, of which there are fewer than channels.
-        if self.input_step_sizes is not None:
-            phases = self.input_step_sizes[layer] * phases
-        return self.input_convolutions[layer](phases)
+    def _input(self, layer: int, residual: Tensor) -> Tensor:
+        # Gains and step size multiply the input, which has fewer channels than the result.
+        gains = self.input_step_sizes[layer] * self.input_gains
+        return self.input_convolutions[layer](gains.view(-1, 1, 1) * residual)
+
+    def _output(self, layer: int, state: Tensor) -> Tensor:
+        gains = self.output_step_sizes[layer] * self.output_gains
+        return gains.view(-1, 1, 1) * self.output_convolutions[layer](state)
 
     def _shuffled_state(self, layer: int, state: Tensor) -> Tensor:
-        convolved = self.state_convolutions[layer](state)
-        if self.state_step_sizes is not None:
-            convolved = self.state_step_sizes[layer] * convolved
+        convolved = self.state_step_sizes[layer] * self.state_convolutions[layer](state)
         last = convolved.permute(0, 2, 3, 1).unflatten(3, (self.groups, -1)).transpose(3, 4).flatten(3)
         return last.permute(0, 3, 1, 2)
 

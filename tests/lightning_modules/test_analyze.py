@@ -100,7 +100,7 @@ def test_other_solvers_are_refused_in_one_line(run, capsys):
     config = yaml.safe_load(Path("small.yaml").read_text())
     config["model"]["solver"] = {
         "class_path": "lightning_modules.solvers.hidden_lista.HiddenLISTA",
-        "init_args": {"channels": 8, "layers": 2, "stride": 4, "groups": 2},
+        "init_args": {"channels": 8, "layers": 2, "stride": 4, "frequencies": 4, "groups": 2},
     }
     config["qat"]["targets"] = {"solver.*_convolution*.weight": None}
     # As many unknowns as measurements: HiddenLISTA keeps the length of a signal.

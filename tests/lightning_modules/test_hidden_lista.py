@@ -15,80 +15,109 @@ def convolve(signal, weight):
     return np.einsum("oik,pik->op", weight, windows)
 
 
+def transform(stride, frequencies):
+    """DCT-II of a frame by its definition, shape (frequencies, stride)."""
+    position, frequency = np.arange(stride), np.arange(frequencies)[:, None]
+    basis = np.sqrt(2 / stride) * np.cos(np.pi * frequency * (2 * position + 1) / (2 * stride))
+    basis[0] /= np.sqrt(2)
+    return basis
+
+
 def reference(solver, noisy):
     """One epoch at a time, one group at a time; `noisy` has shape (samples,)."""
-    value = {name: parameter.detach().double().numpy() for name, parameter in solver.named_parameters()}
+    tensors = {**dict(solver.named_parameters()), **dict(solver.named_buffers())}
+    value = {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
     value |= {name: weight.squeeze(2) for name, weight in value.items() if name.endswith(".weight")}
     stride, groups, (layers, channels, *_) = solver.stride, solver.groups, value["thresholds"].shape
-    phases = np.stack([noisy[phase::stride] for phase in range(stride)])
-    state = np.zeros((channels, phases.shape[1]))
+    basis = transform(stride, len(value["input_gains"]))
+    spectra = basis @ noisy.reshape(-1, stride).T
+    state, artifact = np.zeros((channels, spectra.shape[1])), np.zeros_like(spectra)
     for layer in range(layers):
-        step = value.get("input_step_sizes", np.ones(layers))[layer]
-        total = state + step * convolve(phases, value[f"input_convolutions.{layer}.weight"])
+        step = value["input_step_sizes"][layer]
+        seen = value["input_gains"][:, None] * (spectra - artifact)
+        total = state + step * convolve(seen, value[f"input_convolutions.{layer}.weight"])
         if layer:
             size = channels // groups
             weight = value[f"state_convolutions.{layer - 1}.weight"]
-            step = value.get("state_step_sizes", np.ones(layers - 1))[layer - 1]
+            step = value["state_step_sizes"][layer - 1]
             for group in range(groups):
                 rows = slice(group * size, (group + 1) * size)
                 convolved = step * convolve(state[rows], weight[rows])
                 for channel in range(size):
                     total[channel * groups + group] += convolved[channel]
         state = np.maximum(total - value["thresholds"][layer, :, :, 0], 0)
-    artifact = value.get("output_step_size", np.ones(1)) * convolve(state, value["output_convolution.weight"])
-    return noisy - np.stack([artifact[n % stride, n // stride] for n in range(len(noisy))])
+        step = value["output_step_sizes"][layer]
+        written = step * convolve(state, value[f"output_convolutions.{layer}.weight"])
+        artifact += value["output_gains"][:, None] * written
+    return noisy - (basis.T @ artifact).T.reshape(-1)
 
 
 @pytest.mark.parametrize("step_sizes", [True, False])
 @pytest.mark.parametrize(
-    ("channels", "layers", "kernel_size", "stride", "groups"),
-    [(12, 4, 9, 16, 4), (6, 2, 5, 4, 2), (5, 3, 3, 2, 1), (4, 1, 1, 8, 4)],
+    ("channels", "layers", "kernel_size", "stride", "frequencies", "groups"),
+    [(12, 4, 9, 16, 8, 4), (6, 2, 5, 4, 4, 2), (5, 3, 3, 2, 1, 1), (4, 1, 1, 8, 3, 4)],
 )
-def test_agrees_with_numpy(channels, layers, kernel_size, stride, groups, step_sizes):
+def test_agrees_with_numpy(channels, layers, kernel_size, stride, frequencies, groups, step_sizes):
     torch.manual_seed(0)
-    solver = HiddenLISTA(channels, layers, kernel_size, stride, groups, step_sizes).double()
+    solver = HiddenLISTA(channels, layers, kernel_size, stride, frequencies, groups, step_sizes)
+    noisy = torch.randn(3, 8 * stride)
     with torch.no_grad():
         solver.thresholds.normal_(std=0.1)
-    noisy = torch.randn(3, 8 * stride, dtype=torch.float64)
-    expected = np.stack([reference(solver, epoch) for epoch in noisy.numpy()])
-    np.testing.assert_allclose(solver(noisy).detach().numpy(), expected, atol=1e-12)
+        for name in ("input_gains", "output_gains", "input_step_sizes", "state_step_sizes", "output_step_sizes"):
+            getattr(solver, name).normal_()
+    expected = np.stack([reference(solver, epoch) for epoch in noisy.double().numpy()])
+    np.testing.assert_allclose(solver(noisy).detach().numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_artifacts_beyond_the_kept_frequencies_are_left_alone():
+    torch.manual_seed(0)
+    solver = HiddenLISTA(channels=8, layers=3, stride=16, frequencies=5, groups=2)
+    with torch.no_grad():
+        solver.thresholds.zero_()
+    high = torch.randn(2, 4, 11) @ torch.from_numpy(transform(16, 16)[5:]).float()
+    torch.testing.assert_close(solver(high.flatten(1)), high.flatten(1), atol=1e-5, rtol=0)
+    noisy = torch.randn(2, 64)
+    difference = (noisy - solver(noisy)).unflatten(1, (4, 16)) @ torch.from_numpy(transform(16, 16)).float().T
+    assert difference[..., 5:].abs().max() < 1e-5 < difference[..., :5].abs().min()
 
 
 def test_step_sizes_do_not_change_the_initial_function():
     torch.manual_seed(0)
-    with_steps = HiddenLISTA(8, 3)
+    learned = HiddenLISTA(8, 3)
     torch.manual_seed(0)
-    without = HiddenLISTA(8, 3, step_sizes=False)
+    fixed = HiddenLISTA(8, 3, step_sizes=False)
     noisy = torch.randn(2, 64)
-    torch.testing.assert_close(with_steps(noisy), without(noisy))
+    torch.testing.assert_close(learned(noisy), fixed(noisy), rtol=0, atol=0)
 
 
-def test_with_step_sizes_all_weights_begin_at_one_magnitude():
-    weights = [parameter for name, parameter in HiddenLISTA().named_parameters() if name.endswith("weight")]
-    magnitudes = torch.stack([weight.abs().mean() for weight in weights])
+@pytest.mark.parametrize("step_sizes", [True, False])
+def test_all_weights_begin_at_one_magnitude(step_sizes):
+    parameters = HiddenLISTA(step_sizes=step_sizes).named_parameters()
+    magnitudes = torch.stack([weight.abs().mean() for name, weight in parameters if name.endswith("weight")])
     torch.testing.assert_close(magnitudes, magnitudes.mean().expand_as(magnitudes), rtol=0.05, atol=0)
 
 
 def test_only_convolutions_are_named_weight_and_hold_structural_weights_only():
-    solver = HiddenLISTA(channels=8, layers=3, kernel_size=5, stride=4, groups=2)
+    solver = HiddenLISTA(channels=8, layers=3, kernel_size=5, stride=4, frequencies=3, groups=2)
     shapes = {name: tuple(parameter.shape) for name, parameter in solver.named_parameters() if name.endswith(".weight")}
     assert shapes == {
-        **{f"input_convolutions.{layer}.weight": (8, 4, 1, 5) for layer in range(3)},
+        **{f"input_convolutions.{layer}.weight": (8, 3, 1, 5) for layer in range(3)},
         **{f"state_convolutions.{layer}.weight": (8, 4, 1, 5) for layer in range(2)},
-        "output_convolution.weight": (4, 8, 1, 5),
+        **{f"output_convolutions.{layer}.weight": (3, 8, 1, 5) for layer in range(3)},
     }
 
 
-def test_without_step_sizes_thresholds_are_the_only_other_parameters():
-    names = [name for name, _ in HiddenLISTA(step_sizes=False).named_parameters() if not name.endswith(".weight")]
-    assert names == ["thresholds"]
+def test_without_step_sizes_thresholds_are_all_that_is_learned_and_kept_besides_weights():
+    solver = HiddenLISTA(step_sizes=False)
+    assert [name for name in solver.state_dict() if not name.endswith(".weight")] == ["thresholds"]
+    assert [name for name, _ in solver.named_parameters() if not name.endswith(".weight")] == ["thresholds"]
 
 
 def test_default_size_in_one_bit_weights_is_within_27_kilobytes():
     parameters = dict(HiddenLISTA().named_parameters())
     bits = sum(parameter.numel() for name, parameter in parameters.items() if name.endswith(".weight"))
     floats = 1 + sum(parameter.numel() for name, parameter in parameters.items() if not name.endswith(".weight"))
-    header = 2300
+    header = 3800
     assert bits / 8 + 4 * floats + header <= 27_000
 
 
@@ -106,7 +135,9 @@ def test_unfit_input_is_refused_and_named(shape):
     assert str(shape) in str(error.value)
 
 
-@pytest.mark.parametrize("arguments", [{"channels": 10}, {"kernel_size": 4}, {"layers": 0}, {"stride": -1}])
+@pytest.mark.parametrize(
+    "arguments", [{"channels": 10}, {"kernel_size": 4}, {"layers": 0}, {"stride": -1}, {"frequencies": 17}]
+)
 def test_unfit_arguments_are_refused_and_named(arguments):
     (name, value), *_ = arguments.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):

@@ -91,7 +91,7 @@ NETWORKS = {
     "coupled_ista": (lambda: (CoupledISTA(SignBlocks(2, 8, 16), layers=2), {"layers.*.weight": None}), (16,)),
     "masked_ista": (lambda: (CoupledISTA(MaskedOperator(), layers=2), _masked_ista_targets()), (16,)),
     "hidden_lista": (
-        lambda: (HiddenLISTA(channels=8, layers=2, stride=4, groups=2), {"*convolution*.weight": None}),
+        lambda: (HiddenLISTA(channels=8, layers=2, stride=4, frequencies=4, groups=2), {"*convolution*.weight": None}),
         (32,),
     ),
 }
