@@ -42,7 +42,8 @@ class HiddenLISTA(nn.Module):
         layers: Number K of iterations.
         kernel_size: Length of the convolutions, in frames; odd.
         stride: Samples of a frame.
-        frequencies: Kept of a frame's transform; at most `stride`.
+        frequencies: Kept of a frame's transform; at most `stride`. What an artifact has beyond them is left as it is:
+            the default is for eye movements, muscles need all.
         groups: Channel groups of S.
         step_sizes: Whether step sizes and gains are learned. If not, they stay where they start, known from the sizes
             of the network, and are in no checkpoint or file.
