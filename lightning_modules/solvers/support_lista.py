@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.block_patterns import ImageOperator
+from lightning_modules.operators.subsampled import dct
 
 __all__ = ["BlockTransform", "SupportLISTA"]
 
@@ -41,10 +42,7 @@ class BlockTransform(nn.Module):
         if size < 1 or stride < 1 or size % stride:
             raise ValueError(f"size={size}, stride={stride}: the stride must be positive and divide the size.")
         self.size, self.stride = size, stride
-        position = torch.arange(size, dtype=torch.float64)
-        frequency = position.unsqueeze(1)
-        transform = torch.cos(math.pi * (position + 0.5) * frequency / size) * math.sqrt(2 / size)
-        transform[0] /= math.sqrt(2)
+        transform = dct(torch.eye(size, dtype=torch.float64)).T
         basis = torch.einsum("ih,jw->ijhw", transform, transform).float().reshape(size**2, 1, size, size)
         # A convolution of stride 1 over stride² phases is several times as fast as one of that stride over pixels.
         basis = F.pixel_unshuffle(basis, stride).contiguous(memory_format=torch.channels_last)

@@ -29,7 +29,8 @@ def reference(solver, noisy):
     value = {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
     value |= {name: weight.squeeze(2) for name, weight in value.items() if name.endswith(".weight")}
     stride, groups, (layers, channels, *_) = solver.stride, solver.groups, value["thresholds"].shape
-    basis = transform(stride, len(value["input_gains"]))
+    basis = value["basis"].T
+    np.testing.assert_allclose(basis, transform(stride, len(value["input_gains"])), atol=1e-7)
     spectra = basis @ noisy.reshape(-1, stride).T
     state, artifact = np.zeros((channels, spectra.shape[1])), np.zeros_like(spectra)
     for layer in range(layers):
@@ -59,14 +60,14 @@ def reference(solver, noisy):
 )
 def test_agrees_with_numpy(channels, layers, kernel_size, stride, frequencies, groups, step_sizes):
     torch.manual_seed(0)
-    solver = HiddenLISTA(channels, layers, kernel_size, stride, frequencies, groups, step_sizes)
-    noisy = torch.randn(3, 8 * stride)
+    solver = HiddenLISTA(channels, layers, kernel_size, stride, frequencies, groups, step_sizes).double()
+    noisy = torch.randn(3, 8 * stride, dtype=torch.float64)
     with torch.no_grad():
         solver.thresholds.normal_(std=0.1)
         for name in ("input_gains", "output_gains", "input_step_sizes", "state_step_sizes", "output_step_sizes"):
             getattr(solver, name).normal_()
-    expected = np.stack([reference(solver, epoch) for epoch in noisy.double().numpy()])
-    np.testing.assert_allclose(solver(noisy).detach().numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    expected = np.stack([reference(solver, epoch) for epoch in noisy.numpy()])
+    np.testing.assert_allclose(solver(noisy).detach().numpy(), expected, atol=1e-12)
 
 
 def test_artifacts_beyond_the_kept_frequencies_are_left_alone():
