@@ -6,6 +6,7 @@ Each rank is forked from this process, which has torch and Lightning imported an
 ``DIRECTORY/RUN-RANK.pt`` holds what it did (see `train`), and ``DIRECTORY/RUN`` its checkpoints, one an epoch.
 """
 
+import faulthandler
 import os
 import socket
 import sys
@@ -25,6 +26,8 @@ import pibinn_plugin as pb
 
 TWO_RANKS = {"devices": 2, "strategy": "ddp"}
 ACCUMULATING = {"accumulate_grad_batches": 2, "starts": (0.25, 0.75)}
+# Seconds, for what takes ten: a rank that waits for another in vain says where it waits, and ends.
+PATIENCE = 100
 
 
 class States(pl.Callback):
@@ -131,6 +134,7 @@ def fork(run: Callable[[], None], **environment: str) -> int:
         # Threads do not survive a fork: an OpenMP pool inherited half would hang.
         torch.set_num_threads(1)
         os.environ.update(environment)
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         status = 1
         try:
             run()
