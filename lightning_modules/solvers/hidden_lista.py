@@ -20,8 +20,8 @@ class HiddenLISTA(nn.Module):
     e = 0,
 
     .. math::
-        z \leftarrow \mathrm{relu}\big(z + P(s_k S_k z) + w_k W_k (a \odot (C m - e)) - \theta_k\big), \quad
-        e \leftarrow e + b \odot d_k D_k z, \quad k = 1 \dots K, \qquad \hat x = m - C^T e.
+        z \leftarrow \mathrm{relu}\big(z + P(s_k S_k z) + W_k (a_k \odot (C m - e)) - \theta_k\big), \quad
+        e \leftarrow e + b_k \odot D_k z, \quad k = 1 \dots K, \qquad \hat x = m - C^T e.
 
     W, S and D are convolutions over the frames; S works in `groups` separate groups of channels, and the fixed
     permutation P deals the channels out to the groups anew (as in ShuffleNet). The first layer has no S, its state
@@ -30,12 +30,14 @@ class HiddenLISTA(nn.Module):
     it have left, and mends it.
 
     C is the physics: neither eye movements nor most of the EEG reach beyond the lowest frequencies, and both fall with
-    frequency f, eye movements faster. So a and b, one gain for each frequency, start at f, which whitens the spectrum
-    roughly, and at f⁻², for f = 1, 2, ... `frequencies`. Weights of one magnitude then see all frequencies, and do not
-    write as much into the high ones as into the low.
+    frequency f = 1, 2, ... `frequencies`, eye movements faster. The gains a and b, one for each layer and frequency,
+    let weights of one magnitude see all frequencies, and write less into the high ones than into the low. Layers go
+    from coarse to fine. From the first to the last of them the input gains go from f, which whitens the spectrum
+    roughly, to a constant, since what is left is whiter than what there was; the output gains go from f⁻³ to f⁻¹,
+    and with k^(-1/2).
 
     The weights of the convolutions, `*_convolution*.weight`, hold structural weights only: a group is stored as its
-    block. The scalars s, w, d are explicit step sizes. They let layers differ in scale when all weights share one.
+    block. The scalars a, b and s are explicit step sizes. They let layers differ in scale when all weights share one.
 
     Args:
         channels: Channels of the state z; a multiple of `groups`.
@@ -45,7 +47,7 @@ class HiddenLISTA(nn.Module):
         frequencies: Kept of a frame's transform; at most `stride`. What an artifact has beyond them is left as it is:
             the default is for eye movements, muscles need all.
         groups: Channel groups of S.
-        step_sizes: Whether step sizes and gains are learned. If not, they stay where they start, known from the sizes
+        step_sizes: Whether gains and step sizes are learned. If not, they stay where they start, known from the sizes
             of the network, and are in no checkpoint or file.
 
     Raises:
@@ -61,14 +63,12 @@ class HiddenLISTA(nn.Module):
     basis: Tensor
     input_gains: Tensor
     output_gains: Tensor
-    input_step_sizes: Tensor
     state_step_sizes: Tensor
-    output_step_sizes: Tensor
 
     def __init__(
         self,
-        channels: int = 76,
-        layers: int = 8,
+        channels: int = 64,
+        layers: int = 10,
         kernel_size: int = 9,
         stride: int = 16,
         frequencies: int = 6,
@@ -97,19 +97,18 @@ class HiddenLISTA(nn.Module):
             _convolution(channels, frequencies, kernel_size) for _ in range(layers)
         )
         self.thresholds = nn.Parameter(torch.full((layers, channels, 1, 1), 0.05))
-        frequency = torch.arange(1.0, frequencies + 1)
-        scalars = {"input_gains": frequency, "output_gains": frequency**-2, **self._initialised()}
-        for name, value in scalars.items():
+        for name, value in self._initialised(frequencies).items():
             if step_sizes:
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value, persistent=False)
 
     @torch.no_grad()
-    def _initialised(self) -> dict[str, Tensor]:
+    def _initialised(self, frequencies: int) -> dict[str, Tensor]:
         """Draw normal weights, all of one deviation: they can share one scale later on. Return the step sizes.
 
-        These give each convolution its gain: 0.5, and 0.3 at the output, of all layers together.
+        These give a convolution of white input the gain 0.5 from the lowest frequency to the state, 0.8 within the
+        state, and 0.4 from the state to the lowest frequency, in the first layer.
         """
         layers = len(self.thresholds)
         inputs, states = (
@@ -119,10 +118,15 @@ class HiddenLISTA(nn.Module):
         deviation = math.sqrt(self.groups / states)
         for convolution in (*self.input_convolutions, *self.state_convolutions, *self.output_convolutions):
             convolution.get_parameter("weight").normal_(std=deviation)
+        layer = torch.arange(1.0, layers + 1).unsqueeze(1)
+        fineness = (layer - 1) / max(layers - 1, 1)
+        frequency = torch.arange(1.0, frequencies + 1)
+        whitening = frequency ** (1 - fineness) * (frequencies / 2) ** fineness
+        spectrum = layer**-0.5 * frequency ** (2 * fineness - 3)
         return {
-            "input_step_sizes": torch.full((layers,), 0.5 / math.sqrt(inputs) / deviation),
-            "state_step_sizes": torch.full((layers - 1,), 0.5),
-            "output_step_sizes": torch.full((layers,), 0.3 / math.sqrt(layers * states) / deviation),
+            "input_gains": 0.5 / math.sqrt(inputs) / deviation * whitening,
+            "output_gains": 0.4 / math.sqrt(states) / deviation * spectrum,
+            "state_step_sizes": torch.full((layers - 1,), 0.8),
         }
 
     def forward(self, noisy: Tensor) -> Tensor:
@@ -151,13 +155,10 @@ class HiddenLISTA(nn.Module):
         return noisy - artifact.flatten(1)
 
     def _input(self, layer: int, residual: Tensor) -> Tensor:
-        # Gains and step size multiply the input, which has fewer channels than the result.
-        gains = self.input_step_sizes[layer] * self.input_gains
-        return self.input_convolutions[layer](gains.view(-1, 1, 1) * residual)
+        return self.input_convolutions[layer](self.input_gains[layer].view(-1, 1, 1) * residual)
 
     def _output(self, layer: int, state: Tensor) -> Tensor:
-        gains = self.output_step_sizes[layer] * self.output_gains
-        return gains.view(-1, 1, 1) * self.output_convolutions[layer](state)
+        return self.output_gains[layer].view(-1, 1, 1) * self.output_convolutions[layer](state)
 
     def _shuffled_state(self, layer: int, state: Tensor) -> Tensor:
         convolved = self.state_step_sizes[layer] * self.state_convolutions[layer](state)
