@@ -32,9 +32,9 @@ class HiddenLISTA(nn.Module):
     C is the physics: neither eye movements nor most of the EEG reach beyond the lowest frequencies, and both fall with
     frequency f = 1, 2, ... `frequencies`, eye movements faster. The gains a and b, one for each layer and frequency,
     let weights of one magnitude see all frequencies, and write less into the high ones than into the low. Layers go
-    from coarse to fine. From the first to the last of them the input gains go from f, which whitens the spectrum
-    roughly, to a constant, since what is left is whiter than what there was; the output gains go from f⁻³ to f⁻¹,
-    and with k^(-1/2).
+    from coarse to fine: from the first to the last of them the input gains start at f, which whitens the spectrum
+    roughly, to a constant, since what is left is whiter than what there was; the output gains at f⁻³ to f⁻¹, and fall
+    with k^(-1/2). These exponents follow the gains that were learned from the EEG of EEGdenoiseNet.
 
     The weights of the convolutions, `*_convolution*.weight`, hold structural weights only: a group is stored as its
     block. The scalars a, b and s are explicit step sizes. They let layers differ in scale when all weights share one.
