@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("two_ranks")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, train_on_two_ranks.__file__, str(directory)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr[-8000:]
     return directory
 

@@ -26,7 +26,8 @@ import pibinn_plugin as pb
 
 TWO_RANKS = {"devices": 2, "strategy": "ddp"}
 ACCUMULATING = {"accumulate_grad_batches": 2, "starts": (0.25, 0.75)}
-# Seconds, for what takes ten: a rank that waits for another in vain says where it waits, and ends.
+# Seconds, for what takes ten: a rank that waits for another in vain says where it waits, and ends,
+# in either of the two groups before the test loses its own patience.
 PATIENCE = 100
 
 
