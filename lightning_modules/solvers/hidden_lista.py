@@ -32,9 +32,9 @@ class HiddenLISTA(nn.Module):
     C is the physics: neither eye movements nor most of the EEG reach beyond the lowest frequencies, and both fall with
     frequency f = 1, 2, ... `frequencies`, eye movements faster. The gains a and b, one for each layer and frequency,
     let weights of one magnitude see all frequencies, and write less into the high ones than into the low. Layers go
-    from coarse to fine: from the first to the last of them the input gains start at f, which whitens the spectrum
-    roughly, to a constant, since what is left is whiter than what there was; the output gains at f⁻³ to f⁻¹, and fall
-    with k^(-1/2). These exponents follow the gains that were learned from the EEG of EEGdenoiseNet.
+    from coarse to fine: the input gains start at f in the first layer, which whitens the spectrum roughly, and at a
+    constant in the last, since what is left is whiter than what there was; the output gains start at f⁻³ in the first
+    and at f⁻¹ in the last, and fall with k^(-1/2). These exponents follow gains learned from the EEG of EEGdenoiseNet.
 
     The weights of the convolutions, `*_convolution*.weight`, hold structural weights only: a group is stored as its
     block. The scalars a, b and s are explicit step sizes. They let layers differ in scale when all weights share one.
@@ -118,11 +118,7 @@ class HiddenLISTA(nn.Module):
         deviation = math.sqrt(self.groups / states)
         for convolution in (*self.input_convolutions, *self.state_convolutions, *self.output_convolutions):
             convolution.get_parameter("weight").normal_(std=deviation)
-        layer = torch.arange(1.0, layers + 1).unsqueeze(1)
-        fineness = (layer - 1) / max(layers - 1, 1)
-        frequency = torch.arange(1.0, frequencies + 1)
-        whitening = frequency ** (1 - fineness) * (frequencies / 2) ** fineness
-        spectrum = layer**-0.5 * frequency ** (2 * fineness - 3)
+        whitening, spectrum = _coarse_to_fine(layers, frequencies)
         return {
             "input_gains": 0.5 / math.sqrt(inputs) / deviation * whitening,
             "output_gains": 0.4 / math.sqrt(states) / deviation * spectrum,
@@ -170,3 +166,11 @@ def _convolution(channels_in: int, channels_out: int, kernel_size: int, groups: 
     """Return a convolution along time, of height 1: torch's fast channels-last path on CPUs is two-dimensional."""
     size, padding = (1, kernel_size), (0, kernel_size // 2)
     return nn.Conv2d(channels_in, channels_out, size, padding=padding, groups=groups, bias=False)
+
+
+def _coarse_to_fine(layers: int, frequencies: int) -> tuple[Tensor, Tensor]:
+    """Return how the input and the output gains start, relative to those of the first layer and lowest frequency."""
+    layer, frequency = torch.arange(1.0, layers + 1).unsqueeze(1), torch.arange(1.0, frequencies + 1)
+    fineness = (layer - 1) / max(layers - 1, 1)
+    whitening = frequency ** (1 - fineness) * (frequencies / 2) ** fineness
+    return whitening, layer**-0.5 * frequency ** (2 * fineness - 3)

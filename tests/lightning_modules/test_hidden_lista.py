@@ -90,6 +90,17 @@ def test_step_sizes_do_not_change_the_initial_function():
     torch.testing.assert_close(learned(noisy), fixed(noisy), rtol=0, atol=0)
 
 
+def test_gains_begin_coarse_and_end_fine():
+    solver = HiddenLISTA(layers=5, frequencies=4)
+    frequency, layer = torch.arange(1.0, 5), torch.arange(1.0, 6)
+    seen, written = solver.input_gains.detach(), solver.output_gains.detach()
+    torch.testing.assert_close(seen[0] / seen[0, 0], frequency)
+    torch.testing.assert_close(seen[4], seen[4, :1].expand(4))
+    torch.testing.assert_close(written[0] / written[0, 0], frequency**-3)
+    torch.testing.assert_close(written[4] / written[4, 0], 1 / frequency)
+    torch.testing.assert_close(written[:, 0] / written[0, 0], layer**-0.5)
+
+
 @pytest.mark.parametrize("step_sizes", [True, False])
 def test_all_weights_begin_at_one_magnitude(step_sizes):
     parameters = HiddenLISTA(step_sizes=step_sizes).named_parameters()
