@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 import pibinn_plugin as pb
 from lightning_modules.machine import machine
 from pibinn_plugin.functional import kernel
-from pibinn_plugin.nn import PackedLinear
+from pibinn_plugin.nn import CompactLinear
+from pibinn_plugin.packed import UnpackSigns, multiply_bits, read_from_bits
 from pibinn_plugin.packing import PackedSigns, unpack_signs
 from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.structure.sparse_rows import sparse_rows
@@ -79,6 +81,14 @@ class BlockProduct(nn.Module):
         return torch.bmm(x.view(-1, blocks, columns).transpose(0, 1), self.weight).transpose(0, 1).flatten(1)
 
 
+def packed_layer(packed: PackedSigns) -> Any:
+    """A compact layer that multiplies these signs, with λ = 0.5."""
+    layer = CompactLinear(packed.shape[1], packed.shape[0], packed.structure, bias=False)
+    read_from_bits(layer, "weight", UnpackSigns(GlobalScale(0.5), packed, True, torch.float32), packed.bits)
+    multiply_bits(layer)
+    return layer
+
+
 class Case:
     """A weight of equal blocks, its packed layer, and an input."""
 
@@ -88,20 +98,20 @@ class Case:
         self.structure = pb.BlockDiagonal(blocks)
         bits = torch.randint(256, (-(-blocks * rows * columns // 8),), dtype=torch.uint8)
         self.packed = PackedSigns(bits, self.structure, self.shape)
-        self.layer = PackedLinear(self.packed, GlobalScale(0.5), None, compact=True)
+        self.layer = packed_layer(self.packed)
         self.x = torch.randn(batch, blocks * columns)
 
     def kernel(self) -> Tensor:
         """The operator, as called from Python."""
         _, rows, columns = self.sizes
         return torch.ops.pibinn.packed_linear.default(
-            self.x, self.packed.bits, self.layer._scale[0].value, rows, columns
+            self.x, self.packed.bits, self.layer._rule.scale.value, rows, columns
         )
 
     def plain(self, x: Tensor) -> Tensor:
         """The reference in torch operations."""
         signs = unpack_signs(self.packed.bits, self.structure.compact_shape(self.shape), x.dtype)
-        return self.structure.linear(x, signs, self.shape) * self.layer._scale[0].value
+        return self.structure.linear(x, signs, self.shape) * self.layer._rule.scale.value
 
     def functions(self) -> dict[str, Function]:
         """The kernel and its peers."""
@@ -128,7 +138,7 @@ class PatternCase:
     def __init__(self, structure: pb.Structure, batch: int) -> None:
         self.structure, self.shape = structure, (512, 512)
         self.packed = PackedSigns.pack(torch.randn(self.shape), structure, self.shape)
-        self.layer = PackedLinear(self.packed, GlobalScale(0.5), None, compact=True)
+        self.layer = packed_layer(self.packed)
         self.x, self.macs = torch.randn(batch, 512), batch * self.packed.nnz
 
     def functions(self) -> dict[str, Function]:

@@ -39,7 +39,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 from typing_extensions import override
 
-from pibinn_plugin.atomic_file import atomic_file
+from pibinn_plugin.storage.atomic_file import atomic_file
 
 __all__ = ["AtomicCheckpointIO", "RandomState"]
 

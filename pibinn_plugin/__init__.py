@@ -10,22 +10,24 @@ from typing import TYPE_CHECKING, Any
 from pibinn_plugin.errors import ArtifactError, ExportError, PIBiNNError, ScaleError, StructureError, TargetError
 from pibinn_plugin.export import export
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask, Structure, structure_from_operator
-from pibinn_plugin.summary import Summary, summary
 from pibinn_plugin.workflow import convert, freeze_signs, global_scale, prepare
 
 if TYPE_CHECKING:
-    from pibinn_plugin.artifact import load, save
     from pibinn_plugin.callback import TwoStageQAT
     from pibinn_plugin.initialization import SignsFromOperator, SignsFromPairs, start_float_weights
+    from pibinn_plugin.storage.packed_file import load, save
+    from pibinn_plugin.storage.summary import Summary, summary
 
 # Imported when used: most bring safetensors or Lightning.
 _LAZY = {
     "SignsFromOperator": "initialization",
     "SignsFromPairs": "initialization",
+    "Summary": "storage.summary",
     "TwoStageQAT": "callback",
-    "load": "artifact",
-    "save": "artifact",
+    "load": "storage.packed_file",
+    "save": "storage.packed_file",
     "start_float_weights": "initialization",
+    "summary": "storage.summary",
 }
 
 __all__ = [

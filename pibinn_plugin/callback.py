@@ -22,9 +22,11 @@ from typing_extensions import override
 
 from pibinn_plugin.initialization import Initialization
 from pibinn_plugin.quantizer import initial_scale
+from pibinn_plugin.schemes import scheme_of, schemes_in
 from pibinn_plugin.sharding import is_sharded, reshard, whole
 from pibinn_plugin.structure import Structure
-from pibinn_plugin.workflow import QuantizedWeight, freeze_signs, global_scale, prepare, quantized_weights
+from pibinn_plugin.weights import OneBitWeight, global_scale, quantized_weights
+from pibinn_plugin.workflow import freeze_signs, prepare
 
 
 class Stage(StrEnum):
@@ -36,13 +38,6 @@ class Stage(StrEnum):
 
 
 _ORDER = [Stage.WARM_UP, Stage.SIGNS, Stage.SCALE]
-
-# Where each scheme keeps the structure of a weight in a state dict.
-_STRUCTURE_KEYS = {
-    "native": "*parametrizations.*.0._extra_state",
-    "torchao": "*weight_fake_quantizer._extra_state",
-    "brevitas": "*weight_quant.tensor_quant.sign_quantizer._extra_state",
-}
 
 
 class TwoStageQAT(Callback):
@@ -109,7 +104,7 @@ class TwoStageQAT(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_strategy(trainer, pl_module)
-        if any(True for _ in quantized_weights(pl_module)):
+        if quantized_weights(pl_module):
             self._check_prepared(pl_module)
         else:
             prepare(pl_module, self.targets, self.scheme)
@@ -122,7 +117,7 @@ class TwoStageQAT(Callback):
             for weight in quantized_weights(pl_module):
                 weight.latent.requires_grad_(True)  # until stage 2: optimizers are made of what is trainable
         weights = quantized_weights(pl_module)
-        self._structures = {weight.name: weight.quantizer.structure.to_json() for weight in weights}
+        self._structures = {weight.name: weight.structure.to_json() for weight in weights}
         self.teardown(trainer, pl_module, stage)  # a run that failed has had none
         check = partial(_check_scheme_of_state_dict, self.scheme)
         self._load_check = pl_module.register_load_state_dict_pre_hook(check)
@@ -147,14 +142,13 @@ class TwoStageQAT(Callback):
                     f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1"
                 )
             if (
-                self.scheme == "brevitas"
+                not scheme_of(self.scheme).loads_consolidated_shards
                 and not trainer.strategy._save_distributed_checkpoint
                 and pl_module.strict_loading
             ):
-                # Brevitas' constant buffers are in no state dict, and only this way of loading asks for them.
                 raise MisconfigurationException(
-                    "Lightning could not load a consolidated checkpoint of Brevitas layers again: use "
-                    "ModelParallelStrategy(save_distributed_checkpoint=True)"
+                    f"Lightning could not load a consolidated checkpoint of {self.scheme} layers again: use "
+                    f"ModelParallelStrategy(save_distributed_checkpoint=True)"
                 )
 
     def _check_prepared(self, pl_module: nn.Module) -> None:
@@ -162,7 +156,7 @@ class TwoStageQAT(Callback):
         matched: set[str] = set()
         for pattern, structure in self.targets.items():
             for name in (names := [name for name in weights if fnmatchcase(name, pattern)]):
-                found = weights[name].quantizer.structure
+                found = weights[name].structure
                 if structure not in (None, found) or weights[name].scheme != self.scheme:
                     raise MisconfigurationException(
                         f"the model was prepared before, with {name!r} as {found} in scheme={weights[name].scheme!r}; "
@@ -285,7 +279,7 @@ class TwoStageQAT(Callback):
     @staticmethod
     def _enable_quantizers(pl_module: nn.Module, stage: Stage) -> None:
         for weight in quantized_weights(pl_module):
-            weight.quantizer.enabled = stage != Stage.WARM_UP
+            weight.enable(stage != Stage.WARM_UP)
 
     @staticmethod
     def _start_scale(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -349,9 +343,7 @@ def _check_scheme_of_state_dict(
     scheme: str, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
 ) -> None:
     """Before torch lists all keys that are missing and all that are unexpected."""
-    found = {
-        other for other, pattern in _STRUCTURE_KEYS.items() if any(fnmatchcase(key, pattern) for key in state_dict)
-    }
+    found = schemes_in(state_dict)
     if not found:
         raise _trained_without_callback()
     if scheme not in found:
@@ -384,5 +376,5 @@ def _training_steps(trainer: pl.Trainer) -> int | float:
     return steps
 
 
-def _signs(weight: QuantizedWeight) -> Tensor:
+def _signs(weight: OneBitWeight) -> Tensor:
     return weight.latent.detach() >= 0

@@ -45,6 +45,7 @@ def packed_linear(
         >>> packed_linear(torch.tensor([1.0, 3.0]), bits, torch.tensor([0.5]), Dense(), (2, 2))
         tensor([ 1., -1.])
     """
+    input, bias = _as_operands(input, bias)
     layout = _native_layout(input, bits, scale, bias, structure, shape)
     if layout is not None:
         return _in_order(
@@ -75,6 +76,7 @@ def packed_linear_adjoint(input: Tensor, bits: Tensor, scale: Tensor, structure:
         >>> packed_linear_adjoint(torch.tensor([1.0, 3.0]), bits, torch.tensor([0.5]), Dense(), (2, 3))
         tensor([ 1., -1., -1.])
     """
+    input, _ = _as_operands(input, None)
     layout = _native_layout(input, bits, scale, None, structure, shape)
     if layout is not None:
         return _in_order_transposed(input, bits, scale, structure, layout)
@@ -116,7 +118,7 @@ def packed_linear_int8(
         or an infinite value, s is NaN, and so is all that s multiplies.
 
     Raises:
-        PIBiNNError: a gradient is to be computed. Rounding has none.
+        PIBiNNError: a gradient is to be computed, which rounding has none of; or an integer input.
 
     Example:
         >>> import torch
@@ -126,6 +128,7 @@ def packed_linear_int8(
         tensor([ 1.0039, -1.0039])
     """
     _check_no_gradient(input, scale, bias)
+    input, bias = _as_operands(input, bias)
     step = _int8_step(input, per_row)
     blocks = native_kernel.blocks_of(structure, shape)
     if blocks is not None and native_kernel.can_run(input, bits, scale, bias):
@@ -139,6 +142,16 @@ def packed_linear_int8(
     sums = packed_linear(integers, bits, integers.new_ones(1), structure, shape)
     output = sums.to(step.dtype) * (scale.to(step.dtype) * step)
     return (output if bias is None else output + bias).to(input.dtype)
+
+
+def _as_operands(input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Input and bias as ``F.linear`` would take them: in the dtype of autocast where it is on, never in integers."""
+    if not input.is_floating_point():
+        raise PIBiNNError(f"the input of a one-bit layer is {input.dtype}; expected a floating-point tensor")
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        return input.to(dtype), None if bias is None else bias.to(dtype)
+    return input, bias
 
 
 def _native_layout(

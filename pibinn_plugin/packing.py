@@ -5,18 +5,14 @@ One bit for each structural nonzero, in the structure's compact order, set where
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
 from pibinn_plugin.bits import pack_bits, unpack_bits
 from pibinn_plugin.errors import StructureError
-from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.structure import Shape, Structure
-from pibinn_plugin.structure.checkpoint import StructureInStateDict
 
 
 def unpack_signs(bits: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -86,43 +82,3 @@ class PackedSigns:
         """``λ · S ⊙ M``, dense or compact, differentiable in λ; bit for bit what the latents gave."""
         values = scale.to(dtype) * self.signs(dtype)
         return values if compact else self.structure.to_dense(values, self.shape)
-
-
-class UnpackSigns(StructureInStateDict, nn.Module):
-    """A torch parametrization whose original is the packed signs and whose value is the weight ``λ · S ⊙ M``.
-
-    Args:
-        scale: the network's λ.
-        structure: where the structural nonzeros are.
-        shape: the dense shape of the weight.
-        compact: True where the parameter is the compact form.
-        dtype: of the weight.
-    """
-
-    def __init__(
-        self, scale: GlobalScale, structure: Structure, shape: Shape, compact: bool, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.structure, self.shape, self.compact, self.dtype = structure, tuple(shape), compact, dtype
-        self._scale = (scale,)
-
-    @override
-    def forward(self, bits: Tensor) -> Tensor:
-        return PackedSigns(bits, self.structure, self.shape).weight(self._scale[0](), self.compact, self.dtype)
-
-
-def packed_signs_of(model: nn.Module) -> Iterator[tuple[str, PackedSigns]]:
-    """Each packed weight of a model with the name that its parameter had before it was packed.
-
-    A packed weight is a module or a tensor with an attribute ``packed_signs``, or a parametrization by `UnpackSigns`.
-    """
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(packed := getattr(module, "packed_signs", None), PackedSigns):
-            yield f"{prefix}weight", packed
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if isinstance(packed := getattr(parameter, "packed_signs", None), PackedSigns):
-                yield prefix + parameter_name, packed
-        for parameter_name, chain in getattr(module, "parametrizations", {}).items():
-            if isinstance(unpack := chain[0], UnpackSigns):
-                yield prefix + parameter_name, PackedSigns(chain.original, unpack.structure, unpack.shape)

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from pibinn_plugin.errors import ScaleError
+from pibinn_plugin.errors import PIBiNNError, ScaleError
 from pibinn_plugin.structure import Shape, Structure
-from pibinn_plugin.structure.checkpoint import StructureInStateDict, is_placeholder
+from pibinn_plugin.structure.checkpoint import StructureInStateDict, checked_state, is_placeholder
+
+READ_ONLY = (
+    "this weight is one-bit, λ · sign(V) ⊙ M, and cannot be assigned, deleted or parametrized (BatchNorm and norms "
+    "cannot be fused into it): write to its latent, quantized_weights(model)[i].latent, or change the weight before "
+    "prepare"
+)
 
 
 def sign_ste(latent: Tensor) -> Tensor:
@@ -86,7 +92,7 @@ class GlobalScale(nn.Module):
         initial: the value to start from, positive and finite.
 
     Raises:
-        ScaleError: ``initial`` is not positive and finite.
+        ScaleError: ``initial`` is not positive and finite, or rounds to zero or to infinity in this dtype.
 
     Example:
         >>> GlobalScale(0.5)()
@@ -99,19 +105,32 @@ class GlobalScale(nn.Module):
         super().__init__()
         # Shape (1,): FSDP2 refuses parameters without a dimension.
         self.value = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
-        self.is_registered = False  # set by the first module that takes it as a child: it must be the only one
+        self._has_owner = False
         self.set(initial)
 
     def set(self, value: float) -> None:
-        """Overwrite λ in place. Raises `ScaleError` for a value that is not positive and finite."""
-        if not 0.0 < value < float("inf"):
-            raise ScaleError(f"the global scale must be positive and finite; got {value}")
+        """Overwrite λ in place. Raises `ScaleError` for a value that this dtype has no positive finite number for."""
+        check_scale(value, self.value.dtype)
         with torch.no_grad():
             self.value.fill_(value)
 
+    def register_in(self, module: nn.Module, name: str = "pibinn_scale") -> None:
+        """Become a child of the one module that owns λ; a λ that has an owner stays with it."""
+        if not self._has_owner:
+            module.add_module(name, self.train(module.training))
+            self._has_owner = True
+
     def forward(self) -> Tensor:
         """λ, shape ``(1,)``: positive whatever an optimizer did to the parameter, and exactly it where it is."""
-        return self.value.abs().clamp_min(torch.finfo(self.value.dtype).tiny)
+        return self.value.abs().clamp_min(smallest_scale(self.value.dtype))
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalScale:
+        if self.value.device.type != "meta" and not hasattr(self.value, "full_tensor"):
+            dtype = fn(self.value.detach().new_zeros(1)).dtype
+            if dtype != self.value.dtype:
+                check_scale(abs(self.value.item()), dtype)
+        return super()._apply(fn, recurse)
 
     @override
     def extra_repr(self) -> str:
@@ -122,7 +141,66 @@ class GlobalScale(nn.Module):
         return f"{self.value.item():.4g}" if self.value.device.type != "meta" else "meta"
 
 
-class SignQuantizer(StructureInStateDict, nn.Module):
+def smallest_scale(dtype: torch.dtype) -> float:
+    """The smallest positive number of a dtype, subnormal ones included: below it λ would be 0."""
+    info = torch.finfo(dtype)
+    return info.tiny * info.eps
+
+
+def check_scale(value: float, dtype: torch.dtype) -> None:
+    """Raise `ScaleError` unless the value is a positive finite number, in this dtype too."""
+    rounded = torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).item()
+    if not 0.0 < value < float("inf") or not 0.0 < rounded < float("inf"):
+        raise ScaleError(
+            f"the global scale must be positive and finite in {dtype}; got {value}"
+            + (f", which rounds to {rounded}" if 0.0 < value < float("inf") else "")
+        )
+
+
+class OneBitRule(StructureInStateDict, nn.Module):
+    """What a latent and packed bits are read through: λ, the structure, and the shape of the weight.
+
+    Args:
+        scale: the network's λ.
+        structure: M.
+        shape: the dense shape of the weight.
+        compact: True where the weight is stored compactly and holds structural nonzeros only.
+
+    Raises:
+        StructureError: the structure does not fit the shape; or, when a state dict is loaded, it holds another
+            structure than this one.
+    """
+
+    def __init__(self, scale: GlobalScale, structure: Structure, shape: Shape, compact: bool) -> None:
+        super().__init__()
+        structure.check(shape)
+        self.structure, self.shape, self.compact = structure, tuple(shape), compact
+        # In a tuple, so that nn.Module does not register it here: λ is registered once, at the root.
+        self._scale = (scale,)
+
+    is_attached = False  # as a parametrization: from then on the weight is read only
+
+    @property
+    def scale(self) -> GlobalScale:
+        """The network's λ."""
+        return self._scale[0]
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The tensor itself while torch registers this as a parametrization; torch also calls it for an assignment.
+
+        Raises:
+            PIBiNNError: the weight is assigned. It would not be read back.
+        """
+        if self.is_attached:
+            raise PIBiNNError(READ_ONLY)
+        return weight
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.structure}, shape={self.shape}, compact={self.compact}"
+
+
+class SignQuantizer(OneBitRule):
     """Maps the latents of one weight to ``λ · sign(V) ⊙ M``; while not ``enabled``, to ``V ⊙ M``.
 
     Args:
@@ -153,37 +231,37 @@ class SignQuantizer(StructureInStateDict, nn.Module):
         compact: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        structure.check(shape)
-        self.structure, self.shape, self.compact, self.enabled = structure, tuple(shape), compact, True
-        # In a tuple, so that nn.Module does not register it here: λ is registered once, at the root.
-        self._scale = (scale,)
+        super().__init__(scale, structure, shape, compact)
+        self.enabled = True
         masked = not compact and structure.nnz(shape) < torch.Size(shape).numel()
-        self.register_buffer("mask", structure.mask(shape, device) if masked else None, persistent=False)
-
-    @property
-    def scale(self) -> GlobalScale:
-        """The network's λ."""
-        return self._scale[0]
+        # Never on the meta device: it is in no state dict, so nothing would bring its values there.
+        real_device = "cpu" if device is None or torch.device(device).type == "meta" else device
+        self.register_buffer("mask", structure.mask(shape, real_device) if masked else None, persistent=False)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Args: latent: V, dense or compact. Returns: W, in the same shape and dtype."""
-        if self.mask is not None and self.mask.device != latent.device:
-            # load_state_dict(assign=True) on the meta device: the mask is in no state dict, so it is made here.
-            self.mask = self.structure.mask(self.shape, latent.device)
         if self.enabled:
-            return quantize_sign(latent, self.scale(), self.mask)
+            return quantize_sign(latent, self.scale(), self._mask_on(latent.device))
         # λ takes part with a zero gradient: distributed training expects one from every parameter.
-        latent = latent + 0.0 * self.scale().to(latent.dtype)
-        return latent if self.mask is None else torch.where(self.mask, latent, torch.zeros_like(latent))
+        return self.masked(latent + 0.0 * self.scale().to(latent.dtype))
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """Assigning a weight to a parametrized parameter sets its latents."""
-        return weight
+    def masked(self, latent: Tensor) -> Tensor:
+        """``V ⊙ M``: the latent as a float weight."""
+        mask = self._mask_on(latent.device)
+        return latent if mask is None else torch.where(mask, latent, torch.zeros_like(latent))
 
     def structural(self, latent: Tensor) -> Tensor:
         """The structural nonzeros of the latent, in compact form."""
         return latent.detach() if self.compact else self.structure.to_compact(latent.detach())
+
+    def _mask_on(self, device: torch.device) -> Tensor | None:
+        if self.mask is not None and self.mask.device != device:
+            # After load_state_dict(assign=True) of a model on the meta device, say: from the rule, not by copying.
+            mask = self.structure.mask(self.shape, device)
+            if device.type == "meta":
+                return mask
+            self.mask = mask
+        return self.mask
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -192,17 +270,19 @@ class SignQuantizer(StructureInStateDict, nn.Module):
     @override
     def set_extra_state(self, state: Tensor) -> None:
         if not is_placeholder(state):
+            state = checked_state(state)
             super().set_extra_state(state[1:])
             self.enabled = bool(state[0])  # weights of the float warm-up are float weights, wherever they are loaded
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SignQuantizer:
-        was_meta = self.mask is not None and self.mask.device.type == "meta"
+        mask, self.mask = self.mask, None  # to_empty would leave garbage in it
         super()._apply(fn, recurse)
-        if was_meta and self.mask is not None and self.mask.device.type != "meta":
-            # to_empty leaves garbage in every buffer, and the mask is in no state dict: rebuild it from the rule.
-            self.mask = self.structure.mask(self.shape, self.mask.device)
+        if mask is not None:
+            device = fn(mask.new_empty(0)).device
+            self.mask = mask if device.type == "meta" else mask.to(device)
         return self
 
     @override
     def extra_repr(self) -> str:
-        return f"{self.structure}, shape={self.shape}, compact={self.compact}, enabled={self.enabled}"
+        return f"{super().extra_repr()}, enabled={self.enabled}"

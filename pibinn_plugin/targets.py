@@ -6,36 +6,42 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from pibinn_plugin.errors import StructureError, TargetError
 from pibinn_plugin.nn import CompactLinear
+from pibinn_plugin.references import held_beside_children
 from pibinn_plugin.structure import Dense, Structure
+from pibinn_plugin.weights import Place, uncompiled
 
 Targets = Mapping[str, Structure | None]
 
 
 @dataclass(frozen=True)
 class Target:
-    """One weight to quantize: where it stands, and its structure."""
+    """One weight to quantize: everywhere it stands, and its structure."""
 
-    module_name: str
-    module: nn.Module
-    parameter_name: str
+    places: tuple[Place, ...]
     structure: Structure
     shape: tuple[int, ...]
     compact: bool
 
     @property
     def name(self) -> str:
-        """The name in ``model.named_parameters()``."""
-        return f"{self.module_name}.{self.parameter_name}" if self.module_name else self.parameter_name
+        """The name in ``model.named_parameters()``, the first where the weight has several."""
+        return self.places[0].name
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds it, the first where there are several."""
+        return self.places[0].module
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter, before a scheme touches it."""
-        return getattr(self.module, self.parameter_name)
+        return getattr(self.module, self.places[0].parameter_name)
 
     @property
     def structural_latent(self) -> Tensor:
@@ -49,14 +55,18 @@ class Target:
 def resolve_targets(model: nn.Module, targets: Targets) -> list[Target]:
     """Find the parameters that the patterns name.
 
+    A parameter under several names (a block that is used several times, tied modules) is one target, found by any of
+    them.
+
     Args:
         model: any module.
-        targets: shell-style pattern of parameter names (``*`` also matches dots) to the structure of the weight; None
-            means the structure that the layer already has (compact layers), or `Dense`.
+        targets: shell-style pattern of parameter names (``*`` also matches dots), or a name as it is, to the structure
+            of the weight; None means the structure that the layer already has (compact layers), or `Dense`.
 
     Raises:
-        TargetError: a pattern that matches nothing, a parameter matched by two patterns, shared under two names, not
-            floating-point, or not yet initialised.
+        TargetError: a pattern that matches nothing, a parameter matched by two patterns, not floating-point, not yet
+            initialised, without a dimension, held in a plain list past its module, or, by a pattern and not by its
+            name, a vector (such as the gain of a normalization) or an embedding with a padding row.
         StructureError: a structure that does not fit a shape, or another one than a compact layer has.
 
     Example:
@@ -66,69 +76,116 @@ def resolve_targets(model: nn.Module, targets: Targets) -> list[Target]:
     """
     if not targets:
         raise TargetError("no targets: give at least one parameter-name pattern, such as {'*.weight': None}")
-    names_by_parameter: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_by_parameter.setdefault(id(parameter), []).append(name)
-    resolved: dict[str, Target] = {}
+    places = parameter_places(model)
+    matched: dict[int, str] = {}
+    resolved, vectors = [], []
     for pattern, structure in targets.items():
-        matches = [name for names in names_by_parameter.values() for name in names if fnmatchcase(name, pattern)]
-        if not matches:
-            raise TargetError(f"the pattern {pattern!r} matches no parameter; {_describe_parameters(model)}")
-        for name in matches:
-            if name in resolved:
-                raise TargetError(f"{name!r} is matched by {pattern!r} and by another pattern; each weight needs one")
-            resolved[name] = _target(model, name, structure)
-            if len(names := names_by_parameter[id(model.get_parameter(name))]) > 1:
+        found = [key for key, held in places.items() if any(_matches(place.name, pattern) for place in held)]
+        if not found:
+            raise TargetError(f"the pattern {pattern!r} matches no parameter; {_describe_parameters(places)}")
+        for key in found:
+            target = make_target(places[key], structure)
+            if key in matched:
                 raise TargetError(
-                    f"{resolved[name]} is shared under the names {names}: register the module once and call it several "
-                    f"times, or give each name a parameter of its own"
+                    f"{target.name!r} is matched by {matched[key]!r} and by another pattern, {pattern!r}; each weight "
+                    f"needs one"
                 )
-    return list(resolved.values())
+            matched[key] = pattern
+            is_named = any(place.name == pattern for place in target.places)
+            if structure is None and not is_named and _is_no_matrix(target):
+                vectors.append(target)
+            resolved.append(target)
+    if vectors:
+        names = ", ".join(map(str, vectors[:4])) + (f" and {len(vectors) - 4} more" if len(vectors) > 4 else "")
+        raise TargetError(
+            f"a pattern takes in {names}: gains of normalizations and other vectors, and embeddings with a padding "
+            f"row, are quantized only where they are named one by one; narrow the pattern"
+        )
+    _refuse_held_elsewhere(model, resolved)
+    return resolved
 
 
-def check_own_forward(target: Target) -> None:
-    """Raise `TargetError` where the instance has a forward of its own: a copy of it would go on with the original."""
-    if "forward" in vars(target.module):
-        raise TargetError(f"{target} has a forward patched into the instance; put it in a class, or patch it later")
+def parameter_places(model: nn.Module) -> dict[int, list[Place]]:
+    """Every parameter of a model, by identity: the places that hold it, in the order of ``named_modules``."""
+    places: dict[int, list[Place]] = {}
+    for module_name, module in uncompiled(model).named_modules(remove_duplicate=False):
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append(Place(module_name, module, parameter_name))
+    return places
 
 
-def check_readers(root: nn.Module, target: Target) -> None:
-    """Raise `TargetError` where another module reads the weight past the forward of the module that holds it."""
-    for name, module in root.named_modules():
-        # In evaluation it hands the weights of its layers to a fused kernel.
-        if isinstance(module, nn.TransformerEncoderLayer) and target.module in module.children():
-            raise TargetError(f'{target} is read by the TransformerEncoderLayer {name!r} itself; use scheme="native"')
-
-
-def _target(model: nn.Module, name: str, structure: Structure | None) -> Target:
-    module_name, _, parameter_name = name.rpartition(".")
-    module, parameter = model.get_submodule(module_name), model.get_parameter(name)
+def make_target(places: list[Place], structure: Structure | None) -> Target:
+    """The target in these places, checked by itself. Raises as `resolve_targets` does."""
+    name, module = places[0].name, places[0].module
+    parameter = module._parameters[places[0].parameter_name]
+    assert parameter is not None
     if is_lazy(parameter) or isinstance(parameter, UninitializedParameter):
         raise TargetError(f"{name!r} has no shape yet: run one batch through the model before it is prepared")
     if not parameter.is_floating_point() or hasattr(parameter, "packed_signs"):
         raise TargetError(f"{name!r} is {parameter.dtype} or packed already; expected a floating-point latent")
+    if parameter.dim() == 0:
+        raise TargetError(f"{name!r} is a number, without a dimension; a one-bit weight is a vector or a matrix")
     if structure is not None and not isinstance(structure, Structure):
         raise TargetError(f"the structure of {name!r} is {structure!r}; expected a Structure, or None")
-    if not isinstance(module, CompactLinear) or parameter_name != "weight":
-        target = Target(module_name, module, parameter_name, structure or Dense(), tuple(parameter.shape), False)
-    elif structure is not None and structure != module.structure:
-        raise StructureError(f"{name!r} is stored as {module.structure}; it cannot be given {structure}")
-    else:
-        target = Target(module_name, module, parameter_name, module.structure, module.dense_shape, True)
+    for place in places:
+        if isinstance(place.module, torch.jit.ScriptModule):
+            raise TargetError(f"{name!r} is in a ScriptModule, whose code is fixed: prepare the model, then script it")
+    compact = [_compact_layer(place) for place in places]
+    if layer := compact[0]:
+        if structure not in (None, layer.structure):
+            raise StructureError(f"{name!r} is stored as {layer.structure}; it cannot be given {structure}")
+        structure = layer.structure
+    shape = tuple(parameter.shape) if layer is None else layer.dense_shape
+    structure = structure or Dense()
+    for place, other in zip(places, compact, strict=True):
+        if (other is None) != (layer is None) or (other and (other.structure, other.dense_shape) != (structure, shape)):
+            raise TargetError(f"{name!r} is also {place.name!r}, in a layer that reads it by another structure")
+    target = Target(tuple(places), structure, shape, layer is not None)
     try:
-        target.structure.check(target.shape)
+        structure.check(shape)
     except StructureError as error:
         raise StructureError(f"target {target}: {error}") from None
     return target
 
 
-def _describe_parameters(model: nn.Module) -> str:
-    names = list(_weight_names(model))
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)  # a name may hold brackets
+
+
+def _compact_layer(place: Place) -> CompactLinear | None:
+    return place.module if isinstance(place.module, CompactLinear) and place.parameter_name == "weight" else None
+
+
+def _is_no_matrix(target: Target) -> bool:
+    if len(target.shape) < 2:
+        return True
+    return any(
+        isinstance(place.module, nn.Embedding) and place.module.padding_idx is not None for place in target.places
+    )
+
+
+def _refuse_held_elsewhere(model: nn.Module, targets: list[Target]) -> None:
+    """A forward that reads a parameter from a plain list, or from a function's closure, would go on with the latent."""
+    names = {id(target.parameter): target for target in targets}
+    for holder in held_beside_children(model):
+        of_view = getattr(holder.held, "_base", None)  # a view, such as a transposed weight that a module keeps
+        if target := names.get(id(holder.held)) or names.get(id(of_view)):
+            raise TargetError(
+                f"{target} is also held by {holder.where}, which would go on with the latent: read it from its module "
+                f"there, or keep it in an nn.ParameterList"
+            )
+
+
+def _describe_parameters(places: dict[int, list[Place]]) -> str:
+    names = list(_weight_names(places))
     shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
     return f"the model's weights are: {shown}" if names else "the model has no parameter with two dimensions or more"
 
 
-def _weight_names(model: nn.Module) -> Iterator[str]:
-    for name, parameter in model.named_parameters():
+def _weight_names(places: dict[int, list[Place]]) -> Iterator[str]:
+    for first, *_ in places.values():
+        parameter = first.module._parameters[first.parameter_name]
+        assert parameter is not None
         if is_lazy(parameter) or parameter.dim() >= 2:
-            yield name if is_lazy(parameter) else f"{name} {tuple(parameter.shape)}"
+            yield first.name if is_lazy(parameter) else f"{first.name} {tuple(parameter.shape)}"

@@ -25,9 +25,10 @@ from lightning_modules.compare.baselines import (
 )
 from lightning_modules.compare.dense_twin import RowError, densify
 from pibinn_plugin.initialization import Initialization, SignsFromPairs, start_float_weights
-from pibinn_plugin.schemes import native
+from pibinn_plugin.schemes import scheme_of
 from pibinn_plugin.structure import Structure
 from pibinn_plugin.targets import resolve_targets
+from pibinn_plugin.weights import distinct
 
 __all__ = ["BASELINES", "SOLUTIONS", "BaselineQAT", "attach_baseline"]
 
@@ -78,14 +79,17 @@ def attach_baseline(
     if quantizer == "fp32_dense":
         targets = densify(model, targets)
     resolved = resolve_targets(model, targets) if targets or quantizer != "zero_bit" else []
+    native = scheme_of("native")
     for target in resolved:  # all checks come before the first change: an error leaves the weights as they were
-        native.check(model, target)
+        for place in distinct(target.places):
+            native.check(target, place)
         if quantizer == "parq" and not target.compact and target.structure.nnz(target.shape) < target.parameter.numel():
             raise RowError(f"PARQ quantizes whole tensors, and {target} is masked; use a compact layer")
     if start is not None and quantizer != "zero_bit":
         start(model, targets)
     for target in resolved:
-        parametrize.register_parametrization(target.module, target.parameter_name, BASELINES[quantizer](target))
+        for place in distinct(target.places):
+            parametrize.register_parametrization(place.module, place.parameter_name, BASELINES[quantizer](target))
     if quantizer == "zero_bit":
         for _, latent, _ in baseline_weights(model):
             latent.requires_grad_(False)

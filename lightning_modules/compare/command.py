@@ -18,7 +18,7 @@ from lightning_modules.compare.comparison import compare
 from lightning_modules.compare.plot import plot_error_against_bits
 from lightning_modules.compare.rows import QUANTIZERS, read_rows
 from lightning_modules.compare.table import results_text, terminal_table
-from pibinn_plugin.atomic_file import atomic_file
+from pibinn_plugin.storage.atomic_file import atomic_file
 
 __all__ = ["main"]
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.structure import Dense, Structure
 from pibinn_plugin.targets import Target, resolve_targets
+from pibinn_plugin.weights import distinct
 
 __all__ = ["RowError", "densify", "densify_weight"]
 
@@ -44,49 +45,38 @@ def densify(model: nn.Module, targets: Mapping[str, Structure | None]) -> dict[s
     if not any(_has_structure(target) for target in resolved):
         raise RowError("the weights are dense as they are, and fp32 without structure is the row fp32")
     for target in resolved:
-        densify_weight(model, target)
+        densify_weight(target)
     return {target.name: Dense() for target in resolved}
 
 
 @torch.no_grad()
-def densify_weight(model: nn.Module, target: Target) -> None:
-    """Take the structure of one target away, in place; a dense weight stays as it is."""
-    if target.compact or _is_grouped(target.module):
-        model.set_submodule(target.module_name, _dense_layer(target), strict=True)
+def densify_weight(target: Target) -> None:
+    """Take the structure of one target away, in place in every module that holds it; a dense weight stays as it is."""
+    if target.compact:
+        _hold(target, target.structure.to_dense(target.parameter, target.shape))
+        for place in distinct(target.places):
+            place.module.__class__ = nn.Linear
+    elif _is_grouped(target.module):
+        _hold(target, _ungrouped(target.parameter, cast(int, target.module.groups)))
+        for place in distinct(target.places):
+            vars(place.module)["groups"] = 1
     elif _has_structure(target):
         mask = target.structure.mask(target.shape, target.parameter.device)
         target.parameter.masked_fill_(~mask, 0)  # it starts with the outputs of the twin with structure
+
+
+def _hold(target: Target, weight: torch.Tensor) -> None:
+    parameter = nn.Parameter(weight)
+    for place in distinct(target.places):
+        place.module.register_parameter(place.parameter_name, parameter)
 
 
 def _has_structure(target: Target) -> bool:
     return target.structure.nnz(target.shape) < torch.Size(target.shape).numel() or _is_grouped(target.module)
 
 
-def _is_grouped(module: nn.Module) -> bool:
+def _is_grouped(module: Any) -> bool:
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1
-
-
-def _dense_layer(target: Target) -> nn.Module:
-    module = target.module
-    if isinstance(module, CompactLinear):
-        layer: nn.Module = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-        layer.weight = nn.Parameter(target.structure.to_dense(module.weight, target.shape))
-    else:
-        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        layer = type(module)(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,  # type: ignore[arg-type]
-            module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,  # type: ignore[arg-type]
-            bias=module.bias is not None,
-            padding_mode=module.padding_mode,
-        )
-        layer.weight = nn.Parameter(_ungrouped(module.weight, module.groups))
-    if module.bias is not None:
-        layer.bias = nn.Parameter(module.bias.detach().clone())
-    return layer.train(module.training)
 
 
 def _ungrouped(weight: torch.Tensor, groups: int) -> torch.Tensor:

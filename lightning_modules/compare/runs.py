@@ -29,8 +29,8 @@ from lightning_modules.compare.rows import Row
 from lightning_modules.compare.storage import load_baseline, save_baseline, stored_size
 from lightning_modules.modules import SolverModule
 from lightning_modules.trainer import SolverTrainer
-from pibinn_plugin.atomic_file import atomic_file
 from pibinn_plugin.errors import ArtifactError, ScaleError, StructureError
+from pibinn_plugin.storage.atomic_file import atomic_file
 
 __all__ = ["Run", "build", "callbacks_of", "evaluate", "finished_run", "inference_microseconds", "train"]
 

@@ -1,9 +1,9 @@
 """The packed file of a baseline: what its row of a comparison takes on disk, and the network read back from it.
 
-One safetensors file in the layout of `pibinn_plugin.artifact`: a tensor of codes for each weight, the scales of all
-weights in one tensor, the distinct structures in another, every float parameter under its own name. Signs take one bit,
-ternary codes 1.6 (five to a byte, base 3) or 2. A ``zero_bit`` file has no weights, only the structure of those that
-are masked: the weights are those that the constructor of the solver makes.
+One safetensors file in the layout of `pibinn_plugin.storage.packed_file`: a tensor of codes for each weight, the scales
+of all weights in one tensor, the distinct structures in another, every float parameter under its own name. Signs take
+one bit, ternary codes 1.6 (five to a byte, base 3) or 2. A ``zero_bit`` file has no weights, only the structure of
+those that are masked: the weights are those that the constructor of the solver makes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from lightning_modules.compare.baselines import baseline_weights
 from lightning_modules.compare.callback import BASELINES
 from lightning_modules.compare.dense_twin import densify_weight
-from pibinn_plugin.atomic_file import atomic_file
 from pibinn_plugin.bits import pack_bits, unpack_bits
 from pibinn_plugin.errors import ArtifactError, PIBiNNError
-from pibinn_plugin.stored_structures import StoredStructures
+from pibinn_plugin.storage.atomic_file import atomic_file
+from pibinn_plugin.storage.stored_structures import StoredStructures
 from pibinn_plugin.structure import Structure
 from pibinn_plugin.targets import resolve_targets
 
@@ -128,7 +128,7 @@ def load_baseline(path: str | Path, into: nn.Module) -> nn.Module:
         layers = _layers(header, tensors)
         if header["quantizer"] == "fp32_dense":
             for target in resolve_targets(into, dict.fromkeys(layers)):
-                densify_weight(into, target)
+                densify_weight(target)
         scales = tensors.pop(_SCALES, torch.empty(0))
         for target in resolve_targets(into, layers) if layers else []:
             front = BASELINES[header["quantizer"]](target)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from lightning_modules.solvers.message_passing import MessagePassing
 from lightning_modules.solvers.structured_layer import layer_of
-from pibinn_plugin.effective_weight import effective_weight
-from pibinn_plugin.nn import PackedLinear
+from pibinn_plugin.packed import PackedCompactLinear, PackedLinear
 from pibinn_plugin.structure import BlockDiagonal, Structure
 from pibinn_plugin.structure.base import constant
 
@@ -71,10 +70,10 @@ class CalibratedAMP(nn.Module):
 
     def _maps(self, y: Tensor) -> tuple[_LinearMap, _LinearMap]:
         """Â and its adjoint."""
-        if isinstance(self.operator, PackedLinear) and self.operator.stays_packed(y):
+        if isinstance(self.operator, PackedLinear | PackedCompactLinear) and self.operator.stays_packed(y):
             return self.operator, self.operator.adjoint
         # Once: a packed weight is unpacked, a latent quantized, at every access.
-        weight = effective_weight(self.operator)
+        weight = self.operator.weight
         transposed = weight.flatten()[constant(self._transposition, weight.device)]
         return (
             lambda x: self.structure.linear(x, weight, self.shape),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pibinn_plugin.nn import BlockDiagonalLinear, CompactLinear, compact_layer
-from pibinn_plugin.structure import Dense, Structure, structure_from_operator
+from pibinn_plugin.nn import CompactLinear
+from pibinn_plugin.structure import BlockDiagonal, Dense, Structure, structure_from_operator
 
 __all__ = ["layer_of", "structured_layer"]
 
@@ -14,7 +14,7 @@ __all__ = ["layer_of", "structured_layer"]
 def structured_layer(blocks: Tensor) -> nn.Module:
     """A linear layer without bias whose weight starts at a block-diagonal matrix and keeps its structure.
 
-    Several blocks become a `BlockDiagonalLinear`; they are taken as they are, zeros included, and no dense matrix is
+    Several blocks become a `CompactLinear`; they are taken as they are, zeros included, and no dense matrix is
     made. The structure of a single block is read off its nonzeros: blocks, a band or a mask where it has zeros,
     ``nn.Linear`` where it has none. So a target of None is right for every layer made here.
 
@@ -26,20 +26,20 @@ def structured_layer(blocks: Tensor) -> nn.Module:
 
     Example:
         >>> structured_layer(torch.ones(4, 3, 2))
-        BlockDiagonalLinear(8, 12, BlockDiagonal(blocks=4, ...), bias=False)
+        CompactLinear(8, 12, BlockDiagonal(blocks=4, ...), bias=False)
         >>> structured_layer(torch.eye(3)[None]).weight.shape, type(structured_layer(torch.ones(1, 3, 2))).__name__
         (torch.Size([3, 1, 1]), 'Linear')
     """
     count, rows, columns = blocks.shape
     if count > 1:
-        return _started(BlockDiagonalLinear(count * columns, count * rows, count, bias=False), blocks)
+        return _started(CompactLinear(count * columns, count * rows, BlockDiagonal(count), bias=False), blocks)
     structure = structure_from_operator(blocks[0])
     weight = blocks[0] if isinstance(structure, Dense) else structure.to_compact(blocks[0])
     return _started(layer_of(structure, rows, columns), weight)
 
 
 def layer_of(structure: Structure, rows: int, columns: int) -> nn.Linear | CompactLinear:
-    """A linear layer without bias with this structure, of the type that every scheme can quantize, where there is one.
+    """A linear layer without bias with this structure, compact where it has zeros.
 
     Raises:
         StructureError: the structure does not fit ``(rows, columns)``.
@@ -51,7 +51,7 @@ def layer_of(structure: Structure, rows: int, columns: int) -> nn.Linear | Compa
     """
     if isinstance(structure, Dense):
         return nn.Linear(columns, rows, bias=False)
-    return compact_layer(columns, rows, structure, bias=False)
+    return CompactLinear(columns, rows, structure, bias=False)
 
 
 def _started(layer: nn.Linear | CompactLinear, weight: Tensor) -> nn.Module:

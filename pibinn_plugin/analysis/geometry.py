@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from pibinn_plugin.analysis.variants import weight_variants
 from pibinn_plugin.errors import StructureError
-from pibinn_plugin.packing import packed_signs_of
 from pibinn_plugin.structure import BlockDiagonal, Shape, Structure, matrix_shape
 from pibinn_plugin.tables import text_table
-from pibinn_plugin.workflow import global_scale, quantized_weights
+from pibinn_plugin.weights import global_scale, packed_weights, quantized_weights
 
 LARGEST_CHUNK = 1 << 22  # elements of the Gram matrices that are held at one time
 
@@ -181,7 +180,7 @@ def network_geometry(
         ['0.weight']
     """
     scale = global_scale(model)().item()
-    packed = {name: (signs.signs(), signs.structure, signs.shape) for name, signs in packed_signs_of(model)}
+    packed = {w.name: (w.packed.signs(), w.structure, w.shape) for w in packed_weights(model)}
     latents = {w.name: (w.quantizer.structural(w.latent), w.quantizer) for w in quantized_weights(model)}
     weights = packed | {name: (values, q.structure, q.shape) for name, (values, q) in latents.items()}
     tables: dict[str, GeometryTable] = {}

@@ -15,7 +15,7 @@ from pibinn_plugin.analysis.finite_class import RISK_BOUNDS
 from pibinn_plugin.analysis.generalization import Generalization
 from pibinn_plugin.analysis.geometry import GeometryTable
 from pibinn_plugin.analysis.sign_history import SignHistory
-from pibinn_plugin.atomic_file import atomic_file
+from pibinn_plugin.storage.atomic_file import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

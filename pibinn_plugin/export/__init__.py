@@ -9,18 +9,28 @@ from __future__ import annotations
 import copy
 import importlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pibinn_plugin.errors import ExportError, PIBiNNError
-from pibinn_plugin.export.float_layers import unwrap_packed_tensors
-from pibinn_plugin.export.verify import verify
-from pibinn_plugin.nn import PackedLinear
-from pibinn_plugin.packing import packed_signs_of
-from pibinn_plugin.workflow import convert, quantized_weights
+from pibinn_plugin.export.verify import Runner, verify
+from pibinn_plugin.packed import UnpackSigns
+from pibinn_plugin.quantizer import GlobalScale
+from pibinn_plugin.references import copy_of
+from pibinn_plugin.weights import (
+    one_bit_weights,
+    packed_weights,
+    quantized_weights,
+    register_scale,
+    the_scale_value,
+    uncompiled,
+)
+from pibinn_plugin.workflow import convert, evaluation, pack_in_place
 
 __all__ = ["FORMATS", "export"]
 
@@ -33,7 +43,8 @@ def export(model: nn.Module, path: str | Path, args: Sequence[Tensor], format: s
     The network is exported for inference on a CPU, whatever the mode and device of the model, which stays as it is.
 
     Args:
-        model: what `convert` returned; or a prepared model, of which a packed copy is exported.
+        model: what `convert` returned; or a prepared model, of which a packed copy is exported: the file is then
+            compared with the prepared model itself.
         path: of the file; what was there stays until the new file is complete and checked.
         args: the inputs of the network, tensors whose first dimension is the batch.
         format: ``"onnx"`` (standard operators), ``"qonnx"`` or ``"qcdq"`` (Brevitas' formats), ``"pt2"``
@@ -63,7 +74,8 @@ def export(model: nn.Module, path: str | Path, args: Sequence[Tensor], format: s
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         unchecked = Path(folder) / path.name
         _write(framework, packed, inputs, unchecked, format)
-        verify(framework.runner(unchecked), packed, inputs, framework.DYNAMIC_BATCH)
+        run = _runner(framework, unchecked, format)
+        verify(run, _reference(model, packed), inputs, framework.DYNAMIC_BATCH)
         unchecked.replace(path)
     return path
 
@@ -85,18 +97,40 @@ def format_module(format: str) -> ModuleType:
 
 def packed_copy(model: nn.Module) -> nn.Module:
     """A packed copy in evaluation mode on the CPU, without gradients."""
-    if any(True for _ in quantized_weights(model)):
+    if quantized_weights(model):
         packed = convert(model)
-    elif any(True for _ in packed_signs_of(model)):
-        packed = copy.deepcopy(model)
+    elif packed_weights(model):
+        packed = copy_of(model)
     else:
         raise PIBiNNError("the model has no one-bit weight to export; prepare and train it first")
     packed = packed.cpu().eval().requires_grad_(False)
     for module in packed.modules():
-        if isinstance(module, PackedLinear):
-            module.int8_activations = False  # a choice of how the model runs here
-    unwrap_packed_tensors(packed)
+        vars(module).pop("int8_activations", None)  # a choice of how the model runs here
+    _unwrap_packed_tensors(packed)
     return packed
+
+
+def _unwrap_packed_tensors(packed: nn.Module) -> None:
+    """Turn weights that a framework packed as tensors of its own into the packed form, in place."""
+    found = [weight for weight in one_bit_weights(packed) if not isinstance(weight.rule, UnpackSigns)]
+    if not found:
+        return
+    scale = GlobalScale(the_scale_value(one_bit_weights(packed)), dtype=found[0].rule.scale.dtype)
+    register_scale(packed, found[0].module, scale)
+    for weight in found:
+        pack_in_place(weight, weight.packed, scale)
+
+
+def _reference(model: nn.Module, packed: nn.Module) -> Callable[..., Any]:
+    """What the file is compared with: the trained model where it was given, else the packed copy."""
+    root = uncompiled(model) if quantized_weights(model) else packed
+    device = next(root.parameters()).device
+
+    def run(*inputs: Tensor) -> Any:
+        with evaluation(root), torch.no_grad():
+            return root(*(x.to(device) for x in inputs))
+
+    return run
 
 
 def checked_inputs(args: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -106,6 +140,13 @@ def checked_inputs(args: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if len({len(x) for x in args}) > 1 or not all(x.numel() for x in args):
         raise ExportError(f"the inputs have shapes {[tuple(x.shape) for x in args]}; expected one batch size, above 0")
     return tuple(x.detach().cpu() for x in args)
+
+
+def _runner(framework: ModuleType, path: Path, format: str) -> Runner:
+    try:
+        return framework.runner(path)
+    except Exception as error:  # each format's runtime has its own errors
+        raise ExportError(f"what was written as {format!r} cannot be loaded again: {error}") from error
 
 
 def _write(framework: ModuleType, packed: nn.Module, inputs: tuple[Tensor, ...], path: Path, format: str) -> None:

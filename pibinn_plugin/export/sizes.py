@@ -11,9 +11,9 @@ from pathlib import Path
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from pibinn_plugin.artifact import save
 from pibinn_plugin.export import checked_inputs, export, format_module, packed_copy
 from pibinn_plugin.export.float_layers import with_float_weights
+from pibinn_plugin.storage.packed_file import save
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def export_sizes(
         ['packed', 'pt2']
     """
     packed, inputs = packed_copy(model), checked_inputs(args)
-    twin, _ = with_float_weights(copy.deepcopy(packed))
+    twin = copy.deepcopy(packed)
+    with_float_weights(twin)
     sizes = []
     with tempfile.TemporaryDirectory() as folder:
         network_path, twin_path = Path(folder) / "network.pt2", Path(folder) / "twin.pt2"

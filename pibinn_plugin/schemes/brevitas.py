@@ -10,15 +10,20 @@
 1
 
 The first layer that takes a `GlobalScale` registers it; the others hold a reference. ``prepare(model, targets,
-scheme="brevitas")`` registers it at the root, swaps float layers, and in Brevitas layers replaces the weight quantizer
-alone: input, bias and output quantizers stay.
+scheme="brevitas")`` registers it at the root, turns float layers into Brevitas layers in place, and in Brevitas layers
+replaces the weight quantizer alone: input, bias and output quantizers stay.
+
+``layer.weight`` reads as W, also where Brevitas reads it: the weight quantizer adds scale, zero point and bit width to
+a value that is quantized already. So slices (GPTQ), calibration and bias correction see W, or V ⊙ M where quantization
+is disabled.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import brevitas.nn as qnn
@@ -26,21 +31,27 @@ import torch
 from brevitas import config
 from brevitas.core.bit_width import BitWidthConst
 from brevitas.core.utils import StatelessBuffer
+from brevitas.export.inference import quant_inference_mode
 from brevitas.inject import ExtendedInjector
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
+from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from typing_extensions import override
 
-from pibinn_plugin.errors import ScaleError, TargetError
-from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, compact_linear
+from pibinn_plugin.errors import PIBiNNError, ScaleError, TargetError
+from pibinn_plugin.nn import CompactLinear, compact_linear
 from pibinn_plugin.quantizer import GlobalScale, SignQuantizer
-from pibinn_plugin.structure import BlockDiagonal, Dense, Mask, Structure
-from pibinn_plugin.targets import Target, check_own_forward, check_readers
+from pibinn_plugin.schemes import Scheme
+from pibinn_plugin.schemes.weight_property import WeightReadsAsW, read_as_w, stop_reading_as_w
+from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask, Structure
+from pibinn_plugin.targets import Target
+from pibinn_plugin.weights import Place
 
 
 class PIBiNNTensorQuant(nn.Module):
-    """Brevitas' ``tensor_quant`` contract: V to (value, scale, zero point, bit width).
+    """Brevitas' ``tensor_quant`` contract: W to (value, scale, zero point, bit width).
 
     The bit width is 2 (signed, narrow range: {-1, 0, 1}) where the weight has structural zeros, because 0 is no bipolar
     value and an ``IntQuantTensor`` would be invalid; 1 where it has none. What is stored is 1 bit either way.
@@ -70,17 +81,15 @@ class PIBiNNTensorQuant(nn.Module):
         structure = mask if isinstance(mask, Structure) else Dense() if mask is None else Mask(mask)
         shape = tuple(weight.shape) if dense_shape is None else dense_shape
         self.sign_quantizer = _SignQuantizer(scaling_impl, structure, shape, dense_shape is not None, weight.device)
-        if not scaling_impl.is_registered:
-            self.scaling_impl = scaling_impl
-            scaling_impl.is_registered = True
+        scaling_impl.register_in(self, "scaling_impl")
         scaling_impl.register_load_state_dict_pre_hook(_forgive_missing_scale)
-        self.bit_width = BitWidthConst(1 if self.sign_quantizer.mask is None else 2)
+        has_zeros = dense_shape is None and structure.nnz(shape) < weight.numel()
+        self.bit_width = BitWidthConst(2 if has_zeros else 1)
         self.zero_point = StatelessBuffer(torch.tensor(0.0))
 
     @override
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        scale = self.sign_quantizer.scale().to(x.dtype)
-        return self.sign_quantizer(x), scale, self.zero_point(), self.bit_width()
+        return x, self.sign_quantizer.scale().to(x.dtype), self.zero_point(), self.bit_width()
 
 
 class _SignQuantizer(SignQuantizer):
@@ -106,11 +115,30 @@ class PIBiNNWeightQuantProxy(WeightQuantProxyFromInjector):
         # Without our handlers Brevitas' exporters, which need onnx, fail halfway and leave the model in export mode.
         if importlib.util.find_spec("onnx") is not None:
             importlib.import_module("pibinn_plugin.schemes.brevitas_export").register()
+        if not isinstance(quant_layer, _ReadsAsW) and not parametrize.is_parametrized(quant_layer, "weight"):
+            read_as_w(quant_layer, _ReadsAsW)
 
     @override
     def init_tensor_quant(self, preserve_state_dict: bool = False) -> None:
         if self.tensor_quant is None:
             super().init_tensor_quant(preserve_state_dict)
+        elif self.sign_quantizer is not None and not (
+            self._is_loading or self.tracked_module_list[0].is_loading_latent
+        ):
+            raise PIBiNNError(
+                "Brevitas has changed the weight and asks for a new quantizer, but this weight is one-bit, "
+                "λ · sign(V) ⊙ M: merge BatchNorm and equalize before prepare, or preprocess with merge_bn=False"
+            )
+
+    _is_loading = False
+
+    @override
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._is_loading = True
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            self._is_loading = False
 
     @override
     def add_tracked_module(self, module: nn.Module) -> None:
@@ -120,8 +148,39 @@ class PIBiNNWeightQuantProxy(WeightQuantProxyFromInjector):
 
     @property
     def sign_quantizer(self) -> SignQuantizer | None:
-        """The reference quantizer behind this proxy."""
-        return None if self.tensor_quant is None else self.tensor_quant.sign_quantizer
+        """The reference quantizer behind this proxy; None once the weight is packed."""
+        quantizer = None if self.tensor_quant is None else self.tensor_quant.sign_quantizer
+        return quantizer if isinstance(quantizer, SignQuantizer) else None
+
+
+class _ReadsAsW(WeightReadsAsW):
+    """A Brevitas layer whose ``weight`` reads as W."""
+
+    @override
+    def weight_of_latent(self, latent: Tensor) -> Tensor:
+        proxy: Any = self.weight_quant
+        quantizer = getattr(proxy, "sign_quantizer", None)
+        if quantizer is None or proxy.export_mode:  # another quantizer took its place; or a handler quantizes
+            return latent
+        return quantizer.masked(latent) if proxy.disable_quant else quantizer(latent)
+
+
+class _Packed(nn.Module):
+    """In the place of a `SignQuantizer` whose weight is packed: what is read is W already."""
+
+    mask = None
+
+    def __init__(self, scale: GlobalScale) -> None:
+        super().__init__()
+        self._scale = (scale,)
+
+    @property
+    def scale(self) -> GlobalScale:
+        return self._scale[0]
+
+    @override
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
 
 
 class PIBiNNWeightQuant(ExtendedInjector):
@@ -139,154 +198,161 @@ class PIBiNNWeightQuant(ExtendedInjector):
     rounding_mode = "ROUND"
 
 
-class _QuantCompact(QuantWeightBiasInputOutputLayer):
-    """What Brevitas asks of a layer with a weight, for the compact layers."""
-
-    output_channel_dim = 0
-    channelwise_separable = False
-
-    def _quantize(self: Any, weight_quant: Any, **kwargs: Any) -> None:
-        kwargs = {"bias_quant": None, "input_quant": None, "output_quant": None, "return_quant_tensor": False} | kwargs
-        kwargs |= {"weight_mask": self.structure, "weight_dense_shape": self.dense_shape}
-        QuantWeightBiasInputOutputLayer.__init__(self, weight_quant, **kwargs)
-
-    @property
-    def out_channels(self: Any) -> int:
-        """Brevitas' name for the rows."""
-        return self.out_features
-
-    def forward(self, input: Any) -> Any:
-        """Input ``(..., columns)``, output ``(..., rows)``; either may be a Brevitas ``QuantTensor``."""
-        return self.forward_impl(input)
-
-    @override
-    def inner_forward_impl(self: Any, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:
-        values: list[Any] = [getattr(operand, "value", operand) for operand in (x, quant_weight, quant_bias)]
-        return compact_linear(values[0], values[1], self.structure, self.dense_shape, values[2])
-
-
-class QuantBlockDiagonalLinear(_QuantCompact, BlockDiagonalLinear):
-    """`BlockDiagonalLinear` as a Brevitas layer: block weights without zeros, quantized in compact form.
+class QuantCompactLinear(QuantWeightBiasInputOutputLayer, CompactLinear):
+    """`CompactLinear` as a Brevitas layer: a weight without zeros, quantized in compact form.
 
     Args:
         in_features: columns of the dense weight.
         out_features: rows of the dense weight.
-        blocks: the number of equal blocks, or a `BlockDiagonal`.
+        structure: where the weight may be nonzero.
         bias: whether there is a bias.
         weight_quant: a weight quantizer, such as ``PIBiNNWeightQuant.let(scaling_impl=scale)``.
         device: of the parameters.
         dtype: of the parameters.
         **kwargs: Brevitas' other arguments: ``input_quant``, ``bias_quant``, ``output_quant``, ``return_quant_tensor``.
 
+    Raises:
+        StructureError: the structure does not fit.
+
     Example:
         >>> quantizer = PIBiNNWeightQuant.let(scaling_impl=GlobalScale(0.5))
-        >>> layer = QuantBlockDiagonalLinear(8, 4, 2, weight_quant=quantizer)
+        >>> layer = QuantCompactLinear(8, 4, BlockDiagonal(2), weight_quant=quantizer)
         >>> layer.quant_weight().value.shape, layer.quant_weight().bit_width.item()
         (torch.Size([2, 2, 4]), 1.0)
     """
 
+    output_channel_dim = 0
+    channelwise_separable = False
+
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        blocks: int | BlockDiagonal,
+        structure: Structure,
         bias: bool = True,
         weight_quant: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        BlockDiagonalLinear.__init__(self, in_features, out_features, blocks, bias, device, dtype)
-        self._quantize(weight_quant, **kwargs)
+        CompactLinear.__init__(self, in_features, out_features, structure, bias, device, dtype)
+        _add_quantizers(self, weight_quant, **kwargs)
+
+    @property
+    def out_channels(self) -> int:
+        """Brevitas' name for the rows."""
+        return self.out_features
+
+    @override
+    def forward(self, input: Any) -> Any:
+        """Input ``(..., columns)``, output ``(..., rows)``; either may be a Brevitas ``QuantTensor``."""
+        layer: Any = self
+        return layer.forward_impl(input)
+
+    @override
+    def inner_forward_impl(self: Any, x: Any, quant_weight: Any, quant_bias: Any) -> Any:
+        if isinstance(x, QuantTensor) and isinstance(quant_weight, QuantTensor) and self.return_quant_tensor:
+            # Brevitas knows scale and bit width of the product of a dense weight. Its zeros take two bits.
+            value, bits = self.structure.to_dense(quant_weight.value, self.dense_shape), quant_weight.bit_width + 1
+            return nn.functional.linear(x, quant_weight.set(value=value, bit_width=bits), quant_bias)
+        values: list[Any] = [getattr(operand, "value", operand) for operand in (x, quant_weight, quant_bias)]
+        return compact_linear(values[0], values[1], self.structure, self.dense_shape, values[2])
 
 
-class QuantBandedLinear(_QuantCompact, BandedLinear):
-    """`BandedLinear` as a Brevitas layer; arguments as for `QuantBlockDiagonalLinear`, with the band's diagonals."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        lower: int,
-        upper: int,
-        bias: bool = True,
-        weight_quant: Any = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> None:
-        BandedLinear.__init__(self, in_features, out_features, lower, upper, bias, device, dtype)
-        self._quantize(weight_quant, **kwargs)
+def QuantBlockDiagonalLinear(  # noqa: N802 - reads as the layer that it makes
+    in_features: int, out_features: int, blocks: int | BlockDiagonal, *args: Any, **kwargs: Any
+) -> QuantCompactLinear:
+    """A `QuantCompactLinear` of blocks: ``blocks`` equal ones, or those of a `BlockDiagonal`."""
+    structure = BlockDiagonal(blocks) if isinstance(blocks, int) else blocks
+    return QuantCompactLinear(in_features, out_features, structure, *args, **kwargs)
 
 
-def _linear_arguments(layer: Any) -> dict[str, Any]:
-    return {"in_features": layer.in_features, "out_features": layer.out_features}
+def QuantBandedLinear(  # noqa: N802 - reads as the layer that it makes
+    in_features: int, out_features: int, lower: int, upper: int, *args: Any, **kwargs: Any
+) -> QuantCompactLinear:
+    """A `QuantCompactLinear` of the diagonals from ``lower`` below the main one to ``upper`` above it."""
+    return QuantCompactLinear(in_features, out_features, Banded(lower, upper), *args, **kwargs)
 
 
-def _conv_arguments(layer: Any) -> dict[str, Any]:
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return {name: getattr(layer, name) for name in names}
+def _add_quantizers(layer: Any, weight_quant: Any, **kwargs: Any) -> None:
+    """What Brevitas' layers add to a float layer: proxies, by default of nothing."""
+    kwargs = {"bias_quant": None, "input_quant": None, "output_quant": None, "return_quant_tensor": False} | kwargs
+    if isinstance(layer, CompactLinear):
+        kwargs |= {"weight_mask": layer.structure, "weight_dense_shape": layer.dense_shape}
+    QuantWeightBiasInputOutputLayer.__init__(layer, weight_quant, **kwargs)
 
 
-def _block_diagonal_arguments(layer: Any) -> dict[str, Any]:
-    return {**_linear_arguments(layer), "blocks": layer.structure}
-
-
-def _banded_arguments(layer: Any) -> dict[str, Any]:
-    return {**_linear_arguments(layer), "lower": layer.structure.lower, "upper": layer.structure.upper}
-
-
-# The float layer, the Brevitas layer that replaces it, and how its arguments are read off.
-_QUANT_LAYERS: dict[type[nn.Module], tuple[Any, Callable[[Any], dict[str, Any]]]] = {
-    nn.Linear: (qnn.QuantLinear, _linear_arguments),
-    nn.Conv1d: (qnn.QuantConv1d, _conv_arguments),
-    nn.Conv2d: (qnn.QuantConv2d, _conv_arguments),
-    BlockDiagonalLinear: (QuantBlockDiagonalLinear, _block_diagonal_arguments),
-    BandedLinear: (QuantBandedLinear, _banded_arguments),
+# The float layer, and the Brevitas layer that it becomes in place.
+_QUANT_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: qnn.QuantLinear,
+    nn.Conv1d: qnn.QuantConv1d,
+    nn.Conv2d: qnn.QuantConv2d,
+    nn.Conv3d: qnn.QuantConv3d,
+    CompactLinear: QuantCompactLinear,
 }
 
 
-def check(root: nn.Module, target: Target) -> None:
-    """Raise `TargetError` unless the target is the weight of a layer that can be swapped, or of a Brevitas layer."""
-    check_own_forward(target)
-    check_readers(root, target)
-    if target.parameter_name == "weight" and isinstance(target.module, QuantWeightBiasInputOutputLayer):
-        return
-    if target.parameter_name != "weight" or type(target.module) not in _QUANT_LAYERS:
-        known = ", ".join(layer.__name__ for layer in _QUANT_LAYERS)
-        raise TargetError(
-            f'{target}: Brevitas quantizes the weight of {known} and of its own layers; use scheme="native" for '
-            f"anything else"
-        )
-    if not target.module_name:
-        raise TargetError(
-            f"{target} is the root of the model and cannot be swapped for a Brevitas layer in place: wrap it in "
-            f'nn.Sequential, or use scheme="native"'
-        )
-    if target.module._forward_hooks or target.module._forward_pre_hooks:
-        raise TargetError(f"{target} has forward hooks, which a swap would lose; add them after prepare")
+class Brevitas(Scheme):
+    """Brevitas layers with a `PIBiNNWeightQuantProxy`."""
 
+    name = "brevitas"
+    # Brevitas' constant buffers are in no state dict, and only loading consolidated checkpoints asks for them.
+    loads_consolidated_shards = False
 
-def attach(root: nn.Module, target: Target, scale: GlobalScale) -> None:
-    """Swap a float layer for its Brevitas layer, then give it the weight quantizer; its other quantizers stay."""
-    module: Any = target.module
-    if type(module) in _QUANT_LAYERS:
-        module = _swap(root, target)
-    dense_shape = target.shape if target.compact else None
-    quantizer = PIBiNNWeightQuant.let(scaling_impl=scale, mask=target.structure, dense_shape=dense_shape)
-    module.weight_quant = PIBiNNWeightQuantProxy(module, quantizer).train(module.training)
+    @override
+    def check(self, target: Target, place: Place) -> None:
+        is_layer = isinstance(place.module, QuantWeightBiasInputOutputLayer) or type(place.module) in _QUANT_LAYERS
+        if place.parameter_name != "weight" or not is_layer:
+            known = ", ".join(layer.__name__ for layer in _QUANT_LAYERS)
+            raise TargetError(
+                f"{target}: Brevitas quantizes the weight of {known} and of its own layers, not {place.name!r} in a "
+                f'{type(place.module).__name__}; use scheme="native" for anything else'
+            )
 
+    @override
+    def attach(self, target: Target, place: Place, scale: GlobalScale) -> None:
+        module: Any = place.module
+        if float_type := _QUANT_LAYERS.get(type(module)):
+            before = set(vars(module)) | set(module._modules)
+            module.__class__ = float_type
+            _add_quantizers(module, None)
+            module.is_same_padded_strided = False  # of Brevitas' convolutions: padding "same" with a stride
+            module.added_by_brevitas = (set(vars(module)) | set(module._modules)) - before
+        dense_shape = target.shape if target.compact else None
+        quantizer = PIBiNNWeightQuant.let(scaling_impl=scale, mask=target.structure, dense_shape=dense_shape)
+        module.weight_quant = PIBiNNWeightQuantProxy(module, quantizer)
+        module.train(module.training)  # proxies are born in training mode
 
-def _swap(root: nn.Module, target: Target) -> nn.Module:
-    float_layer: Any = target.module
-    quant_layer_type, arguments = _QUANT_LAYERS[type(float_layer)]
-    has_bias = float_layer.bias is not None
-    # On meta: the parameters of the float layer move in, none are made.
-    layer = quant_layer_type(**arguments(float_layer), bias=has_bias, weight_quant=None, device="meta")
-    layer.weight, layer.bias = float_layer.weight, float_layer.bias
-    layer.replaced_type = type(float_layer)  # convert packs it as that layer: it quantizes nothing but its weight
-    root.set_submodule(target.module_name, layer.train(float_layer.training))
-    return layer
+    @override
+    def find(self, module: nn.Module) -> Iterator[tuple[str, Tensor, SignQuantizer]]:
+        if isinstance(module, _ReadsAsW):
+            quantizer = getattr(module.weight_quant, "sign_quantizer", None)
+            if quantizer is not None:
+                yield "weight", module.get_parameter("weight"), quantizer
+
+    @override
+    def release(self, place: Place) -> None:
+        module: Any = place.module
+        if isinstance(module, _ReadsAsW):
+            stop_reading_as_w(module)
+        if "added_by_brevitas" not in vars(module):  # a layer of Brevitas' own: its other quantizers stay
+            tensor_quant = module.weight_quant.tensor_quant
+            tensor_quant.sign_quantizer = _Packed(tensor_quant.sign_quantizer.scale)
+            return
+        for name in (*vars(module)["added_by_brevitas"], "added_by_brevitas"):
+            delattr(module, name)
+        module.__class__ = next(own for own, quantized in _QUANT_LAYERS.items() if quantized is type(module))
+
+    @override
+    @contextmanager
+    def traceable(self, model: nn.Module, args: tuple[Tensor, ...]) -> Iterator[None]:
+        """Layers with activation quantizers pass tensors: ``torch.export`` cannot trace a ``QuantTensor``."""
+        if not any(isinstance(module, QuantWeightBiasInputOutputLayer) for module in model.modules()):
+            yield
+            return
+        with quant_inference_mode(model):
+            model(*args)  # attaches the handlers
+            yield
 
 
 def _forgive_missing_scale(scale: Any, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:

@@ -93,7 +93,8 @@ class QuantInferenceHandler(InferenceHandler):
 
     @override
     def forward(self, x: Tensor, unused_other: Tensor | None = None) -> Any:
-        return self._tensor_quant[0](x)
+        _, *others = self._tensor_quant[0](x)
+        return self._tensor_quant[0].sign_quantizer(x), *others  # x is the latent: in export mode a handler quantizes
 
 
 _HANDLERS: tuple[tuple[Any, type], ...] = (

@@ -4,10 +4,14 @@
 >>> from torchao.quantization.qat import QATConfig
 >>> from pibinn_plugin import BlockDiagonal
 >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))
->>> quantize_(model, PIBiNNQATConfig(BlockDiagonal(4)))  # then train; one λ, registered at the root of the model
+>>> quantize_(model, PIBiNNQATConfig(BlockDiagonal(4)))  # then train; one λ, registered in the first layer
 >>> quantize_(model, QATConfig(PIBiNNWeightOnlyConfig(), step="convert"))
 >>> model[0].weight.packed_signs.bits.numel()
 4
+
+torchao shows a handler one layer at a time, never the model. So λ belongs to the config: all layers that one config
+object meets share it, in one call of ``quantize_`` or in many, and several configs share one that is given to each as
+``scale``. A config object is one network's: use a new one for the next. `pibinn_plugin.prepare` meets the whole model.
 
 Modules are changed in place, never swapped: ``quantize_`` loses a module that is swapped for the root (ao#2640), and a
 swap unties shared modules and makes optimizers stale.
@@ -15,31 +19,35 @@ swap unties shared modules and makes optimizers stale.
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from typing_extensions import override
 
 from pibinn_plugin import native_kernel
 from pibinn_plugin.errors import PIBiNNError, ScaleError, StructureError, TargetError
 from pibinn_plugin.functional import packed_linear
-from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, CompactLinear, compact_linear
+from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale, SignQuantizer, initial_scale
+from pibinn_plugin.schemes import Scheme, scheme_of
 from pibinn_plugin.schemes.quiet_import import quiet_import
+from pibinn_plugin.schemes.weight_property import WeightReadsAsW, read_as_w, stop_reading_as_w
 from pibinn_plugin.structure import Dense, Structure
-from pibinn_plugin.targets import Target, check_own_forward, check_readers
-from pibinn_plugin.workflow import quantized_weights, register_scale
+from pibinn_plugin.targets import Target, make_target
+from pibinn_plugin.weights import Place
 
 with quiet_import():
     import torchao.core.config
     from torchao.core.config import AOBaseConfig
-    from torchao.quantization import quantize_
     from torchao.quantization.qat import FakeQuantizedLinear
     from torchao.quantization.transform_module import register_quantize_module_handler
     from torchao.utils import TorchAOBaseTensor
@@ -50,19 +58,49 @@ aten = torch.ops.aten
 # --------------------------------------------------------------------------------------------------------- training
 
 
+class _SharedScale:
+    """λ of the layers that a config, or several with one scale, has met: the mean magnitude of their latents."""
+
+    def __init__(self, scale: GlobalScale | None) -> None:
+        self.scale, self.total, self.count = scale, 0.0, 0
+        self.mean: Tensor | None = None  # what λ was set to at last
+
+    def with_one_more(self, latent: Tensor) -> GlobalScale:
+        """λ when the structural latents of one more layer join; that of a network in training is left alone."""
+        if self.scale is None or (self.mean is not None and not torch.equal(self.mean, self.scale.value)):
+            self.scale, self.total, self.count = GlobalScale(1.0, latent.device, latent.dtype), 0.0, 0
+        if latent.device.type != "meta":
+            self.total += initial_scale([latent]) * latent.numel()
+            self.count += latent.numel()
+            self.scale.set(self.total / self.count)
+            self.mean = self.scale.value.detach().clone()
+        return self.scale
+
+
+# Of the scales that were given to configs: the mean goes over the layers of all of them.
+_SHARED: WeakKeyDictionary[GlobalScale, _SharedScale] = WeakKeyDictionary()
+
+
 class _StructureConfig(AOBaseConfig):
-    """A config with one field, the structure, kept as JSON text: torchao's encoder takes no tuples and no bytes."""
+    """A config of a structure, kept as JSON text (torchao's encoder takes no tuples and no bytes), and of a λ."""
 
     version: int = 1
 
-    def __init__(self, structure: Structure | str | None = None) -> None:
+    def __init__(self, structure: Structure | str | None = None, scale: GlobalScale | None = None) -> None:
         super().__init__()
         if isinstance(structure, str):
             structure = Structure.from_json(structure)
         if not (structure is None or isinstance(structure, Structure)):
             raise StructureError(f"expected a Structure, its JSON text or None; got {structure!r}")
+        if not (scale is None or isinstance(scale, GlobalScale)):
+            raise ScaleError(f"expected a GlobalScale to share, or None; got {scale!r}")
         # Beside the property of the same name: this entry is what config_to_dict reads and config_from_dict gives back.
         self.__dict__["structure"] = None if structure is None else structure.to_json()
+        self._shared = _SharedScale(None) if scale is None else _SHARED.setdefault(scale, _SharedScale(scale))
+
+    def scale_with(self, latent: Tensor) -> GlobalScale:
+        """λ of the layers that this config has met, when the structural latents of one more join."""
+        return self._shared.with_one_more(latent)
 
     @property
     def structure(self) -> Structure | None:
@@ -72,7 +110,7 @@ class _StructureConfig(AOBaseConfig):
 
     @override
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.__dict__ == other.__dict__
+        return type(self) is type(other) and self.__dict__["structure"] == other.__dict__["structure"]
 
     @override
     def __hash__(self) -> int:
@@ -84,15 +122,29 @@ class _StructureConfig(AOBaseConfig):
 
 
 class PIBiNNQATConfig(_StructureConfig):
-    """``quantize_(model, PIBiNNQATConfig(structure))``: train one-bit weights, with one λ for the whole model.
+    """``quantize_(model, PIBiNNQATConfig(structure))``: train one-bit weights, with one λ for all layers it is used on.
+
+    A config belongs to one network. torchao shows a handler one layer at a time, without its model: all layers that one
+    config object meets, in one call or in several, share its λ, and the first of them registers it.
 
     Args:
         structure: where the weights may be nonzero, as a `Structure` or its JSON text; None means `Dense`, or the
             structure that a compact layer has.
+        scale: the λ to use, where several configs share one; a new one unless given.
 
     Raises:
         StructureError: not a structure; or, in ``quantize_``, one that does not fit.
         TargetError: in ``quantize_``, a module this scheme cannot quantize.
+
+    Example:
+        >>> from pibinn_plugin import BlockDiagonal, global_scale
+        >>> from torchao.quantization import FqnToConfig, quantize_
+        >>> scale = GlobalScale()
+        >>> blocks, dense = PIBiNNQATConfig(BlockDiagonal(4), scale), PIBiNNQATConfig(scale=scale)
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
+        >>> quantize_(model, FqnToConfig({"0": blocks, "1": dense}), filter_fn=None)
+        >>> global_scale(model) is scale
+        True
     """
 
 
@@ -105,145 +157,100 @@ class PIBiNNFakeQuantizer(SignQuantizer):
         return PIBiNNQATConfig(self.structure)
 
 
-class PIBiNNFakeQuantizedLinear(FakeQuantizedLinear):
+class _FakeQuantized(WeightReadsAsW):
+    """A layer in training, under torchao's names."""
+
+    weight_fake_quantizer: PIBiNNFakeQuantizer
+    bias: nn.Parameter | None
+
+    @override
+    def weight_of_latent(self, latent: Tensor) -> Tensor:
+        return self.weight_fake_quantizer(latent)
+
+    def stop(self) -> None:
+        """Become the layer that this was, in place, with the latent as its weight."""
+        del self.weight_fake_quantizer, self.activation_fake_quantizer
+        stop_reading_as_w(self)
+
+
+class _FakeQuantizedLinear(_FakeQuantized, FakeQuantizedLinear):
     """A linear layer in training; torchao's own tools see a ``FakeQuantizedLinear``."""
 
-    replaced_type: ClassVar[type[nn.Module]] = nn.Linear
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        activation_quantizer: Any = self.activation_fake_quantizer
+        if activation_quantizer is not None:
+            x = activation_quantizer(x)
+        return F.linear(x, self.weight, self.bias)
 
     @override
     def to_linear(self) -> nn.Linear:
-        """Become a plain linear layer with the weight ``λ · sign(V) ⊙ M``, in place: also the root of a model can."""
-        quantizer, latent = self.weight_fake_quantizer, self.get_parameter("weight")
-        weight = quantizer(latent).detach()
-        del self.weight_fake_quantizer, self.activation_fake_quantizer
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        """Become the layer it was with the weight ``λ · sign(V) ⊙ M``, in place: also the root of a model can."""
+        quantizer, weight = self.weight_fake_quantizer, self.weight.detach()
+        self.stop()
+        self._modules.pop("pibinn_scale", None)  # it would be left over in the state dict
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.pibinn_structure = quantizer.structure  # a weight-only config without a structure reads it
+        self.pibinn_trained = (quantizer.structure, quantizer.scale)  # in a tuple: λ is no child of this layer
         return self
 
 
-class _FakeQuantizedConv:
-    replaced_type: ClassVar[type[nn.Module]]
+class TorchAO(Scheme):
+    """Fake-quantized layers under torchao's names."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.weight_fake_quantizer(self.weight), self.bias)  # type: ignore[attr-defined]
+    name = "torchao"
 
+    @override
+    def check(self, target: Target, place: Place) -> None:
+        if place.parameter_name != "weight" or not isinstance(place.module, nn.Linear | _ConvNd | CompactLinear):
+            raise TargetError(
+                f"{target}: torchao quantizes the weight of linear, convolution and compact layers, not {place.name!r} "
+                f'in a {type(place.module).__name__}; use scheme="native" for anything else'
+            )
 
-class PIBiNNFakeQuantizedConv1d(_FakeQuantizedConv, nn.Conv1d):
-    """A one-dimensional convolution in training."""
+    @override
+    def attach(self, target: Target, place: Place, scale: GlobalScale) -> None:
+        module: Any = place.module
+        quantizer = PIBiNNFakeQuantizer(scale, target.structure, target.shape, target.compact, module.weight.device)
+        is_stock = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        read_as_w(module, _FakeQuantizedLinear if is_stock else _FakeQuantized)
+        module.weight_fake_quantizer = quantizer.train(module.training)
+        module.activation_fake_quantizer = None
 
-    replaced_type = nn.Conv1d
+    @override
+    def find(self, module: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:
+        if isinstance(module, _FakeQuantized):
+            yield "weight", module.get_parameter("weight"), module.weight_fake_quantizer
+        for name, tensor in module._parameters.items():
+            if isinstance(tensor, PIBiNNTensor):
+                yield name, tensor.bits, _PackedTensorRule(tensor)
 
-
-class PIBiNNFakeQuantizedConv2d(_FakeQuantizedConv, nn.Conv2d):
-    """A two-dimensional convolution in training."""
-
-    replaced_type = nn.Conv2d
-
-
-class PIBiNNFakeQuantizedConv3d(_FakeQuantizedConv, nn.Conv3d):
-    """A three-dimensional convolution in training."""
-
-    replaced_type = nn.Conv3d
-
-
-class _FakeQuantizedCompact:
-    replaced_type: ClassVar[type[nn.Module]]
-
-    def forward(self: Any, input: Tensor) -> Tensor:
-        weight = self.weight_fake_quantizer(self.weight)
-        return compact_linear(input, weight, self.structure, self.dense_shape, self.bias)
-
-
-class PIBiNNFakeQuantizedBlockDiagonalLinear(_FakeQuantizedCompact, BlockDiagonalLinear):
-    """A compact block-diagonal layer in training."""
-
-    replaced_type = BlockDiagonalLinear
-
-
-class PIBiNNFakeQuantizedBandedLinear(_FakeQuantizedCompact, BandedLinear):
-    """A compact banded layer in training."""
-
-    replaced_type = BandedLinear
-
-
-_FAKE_QUANTIZED: dict[type[nn.Module], Any] = {
-    fake_quantized.replaced_type: fake_quantized
-    for fake_quantized in (
-        PIBiNNFakeQuantizedLinear,
-        PIBiNNFakeQuantizedConv1d,
-        PIBiNNFakeQuantizedConv2d,
-        PIBiNNFakeQuantizedConv3d,
-        PIBiNNFakeQuantizedBlockDiagonalLinear,
-        PIBiNNFakeQuantizedBandedLinear,
-    )
-}
-
-
-def check(root: nn.Module, target: Target) -> None:
-    """Raise `TargetError` unless the target is the weight of a layer that this scheme knows, exactly."""
-    # Exactly: a subclass may read its weight elsewhere than in the forward we would replace (attention does).
-    if target.parameter_name != "weight" or type(target.module) not in _FAKE_QUANTIZED:
-        known = ", ".join(layer.__name__ for layer in _FAKE_QUANTIZED)
-        raise TargetError(f'{target}: torchao quantizes the weight of {known}; use scheme="native" for anything else')
-    check_own_forward(target)
-    check_readers(root, target)
-
-
-def attach(root: nn.Module, target: Target, scale: GlobalScale) -> None:
-    """Turn the target's module into its fake-quantized class, in place."""
-    module: Any = target.module
-    quantizer = PIBiNNFakeQuantizer(scale, target.structure, target.shape, target.compact, module.weight.device)
-    module.__class__ = _FAKE_QUANTIZED[type(module)]
-    module.weight_fake_quantizer = quantizer
-    module.activation_fake_quantizer = None
+    @override
+    def release(self, place: Place) -> None:
+        if isinstance(place.module, _FakeQuantized):
+            place.module.stop()
 
 
 @register_quantize_module_handler(PIBiNNQATConfig)
 def _prepare(module: Any, config: PIBiNNQATConfig) -> nn.Module:
-    if isinstance(getattr(module, "weight_fake_quantizer", None), SignQuantizer):
+    if isinstance(module, _FakeQuantized):
+        if config.structure not in (None, module.weight_fake_quantizer.structure):
+            raise StructureError(
+                f"the layer is prepared with {module.weight_fake_quantizer.structure}; it cannot be given "
+                f"{config.structure}"
+            )
         return module
-    root = _root_of_quantize_call(module)
-    target = _target(module, config.structure)
-    check(root, target)
-    scale = next((child for child in root.modules() if isinstance(child, GlobalScale)), None)
-    if scale is None:
-        scale = GlobalScale(1.0, module.weight.device, module.weight.dtype)
-        register_scale(root, module, scale)
-    attach(root, target, scale)
-    if module.weight.device.type != "meta":
-        # The handler meets one layer at a time: λ is the least-squares value of those met so far, at last of all.
-        latents = (weight.quantizer.structural(weight.latent) for weight in quantized_weights(root))
-        scale.set(initial_scale(latents))
+    scheme, target = scheme_of("torchao"), _target(module, config.structure)
+    scheme.check(target, target.places[0])
+    scale = config.scale_with(target.structural_latent)
+    scale.register_in(module)
+    scheme.attach(target, target.places[0], scale)
     return module
 
 
 def _target(module: nn.Module, structure: Structure | None) -> Target:
-    if isinstance(module, CompactLinear):
-        if structure not in (None, module.structure):
-            raise StructureError(f"the layer is stored as {module.structure}; it cannot be given {structure}")
-        return Target("", module, "weight", module.structure, module.dense_shape, True)
-    if not isinstance(getattr(module, "weight", None), nn.Parameter):
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
         raise TargetError(f"a {type(module).__name__} has no parameter 'weight' to quantize")
-    shape = tuple(module.get_parameter("weight").shape)
-    target = Target("", module, "weight", structure or Dense(), shape, False)
-    target.structure.check(target.shape)
-    return target
-
-
-def _root_of_quantize_call(module: nn.Module) -> nn.Module:
-    """The model given to the ``quantize_`` call that we are inside of; the module itself where there is none.
-
-    torchao hands a handler one module, without its name or root, and one λ must be shared by all layers of a model,
-    also over the several configs of an ``FqnToConfig``, and never by two models that the same config is used on. What
-    tells the models apart is on the call stack only.
-    """
-    root = module
-    frame = sys._getframe()
-    while frame := frame.f_back:  # type: ignore[assignment]
-        if frame.f_code is quantize_.__code__:
-            root = frame.f_locals["model"]  # the outermost call wins
-    return root
+    return make_target([Place("", module, "weight")], structure)
 
 
 # ---------------------------------------------------------------------------------------------------------- packing
@@ -286,12 +293,55 @@ class PIBiNNTensor(TorchAOBaseTensor):
         """The signs, as every scheme stores them. Raises `StructureError` where bits, structure and shape disagree."""
         return PackedSigns(self.bits, _structure(self.structure), tuple(self.dense_shape))
 
+    @classmethod
+    def from_hp(cls, weight: Tensor, structure: Structure | None = None, scale: Tensor | None = None) -> PIBiNNTensor:
+        """Pack a float weight: its signs inside a structure.
+
+        Args:
+            weight: shape ``(rows, columns, ...)``, floating point.
+            structure: where it may be nonzero; None means `Dense`.
+            scale: λ, shape ``(1,)``; the mean of ``|V|`` over the structural nonzeros unless given.
+
+        Raises:
+            StructureError: the structure does not fit, or a weight is not finite.
+
+        Example:
+            >>> PIBiNNTensor.from_hp(torch.tensor([[1.0, -3.0]])).dequantize()
+            tensor([[ 2., -2.]])
+        """
+        structure = structure or Dense()
+        packed = PackedSigns.pack(weight, structure, weight.shape)
+        if scale is None:
+            scale = structure.to_compact(weight.detach()).abs().mean(dtype=torch.float32).to(weight.dtype).reshape(1)
+        return cls(packed.bits, scale, structure.to_json(), list(weight.shape), weight.dtype)
+
+    @classmethod
+    @override
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in cls._ATEN_OP_TABLE[cls]:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        # Read by whatever else: as the weight that it is.
+        if func._schema.is_mutable:
+            raise PIBiNNError(f"a packed weight is read only; {func} would write to it")
+        args, kwargs = pytree.tree_map_only(PIBiNNTensor, PIBiNNTensor.dequantize, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight ``λ · S ⊙ M``, in this tensor's dtype or another."""
         return self.packed_signs.weight(self.scale, False, output_dtype or self.dtype)
 
 
 torch.serialization.add_safe_globals([PIBiNNTensor])
+
+
+class _PackedTensorRule:
+    """How a `PIBiNNTensor` is read, for the walker of weights."""
+
+    compact = False
+
+    def __init__(self, tensor: PIBiNNTensor) -> None:
+        self.structure, self.shape = _structure(tensor.structure), tuple(tensor.dense_shape)
+        self.scale, self.dtype = tensor.scale, tensor.dtype
 
 
 @PIBiNNTensor.implements(aten.linear.default)
@@ -303,18 +353,13 @@ def _linear(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return packed_linear(input, weight.bits, weight.scale, structure, tuple(weight.dense_shape), bias)
 
 
-@PIBiNNTensor.implements(aten.convolution.default)
-@PIBiNNTensor.implements_torch_function([F.conv1d, F.conv2d, F.conv3d])
-def _convolution(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return func(args[0], args[1].dequantize(), *args[2:], **kwargs)
-
-
 @PIBiNNTensor.implements(aten._to_copy.default)
 def _to_copy(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     # torchao's own implementation drops the dtype.
     self = args[0]
     to = self._get_to_kwargs(*args[1:], **kwargs)
-    bits, scale = self.bits.to(to["device"]), self.scale.to(to["device"], to["dtype"])
+    # Clones: a copy that was asked for shares nothing.
+    bits, scale = self.bits.clone().to(to["device"]), self.scale.clone().to(to["device"], to["dtype"])
     copy = PIBiNNTensor(bits, scale, self.structure, self.dense_shape, to["dtype"])
     return return_and_correct_aliasing(func, args, kwargs, copy)
 
@@ -323,24 +368,25 @@ class PIBiNNWeightOnlyConfig(_StructureConfig):
     """``quantize_(model, PIBiNNWeightOnlyConfig(structure))``: pack weights to one bit for each structural nonzero.
 
     As the base config of ``QATConfig(..., step="convert")`` it packs what was trained, bit for bit. On a float model it
-    is post-training quantization: λ is the mean of ``|V|`` over all layers that the call packs.
+    is post-training quantization: λ is the mean of ``|V|`` over all layers that this config object packs.
 
     Args:
         structure: as for `PIBiNNQATConfig`; None takes the structure that the layer was trained with.
+        scale: as for `PIBiNNQATConfig`, for layers that were not trained.
 
     Raises:
         StructureError: not a structure; or, in ``quantize_``, one that does not fit, or another than was trained.
-        ScaleError: in ``quantize_``, the layer would change the λ of layers that were trained and packed before.
+        PIBiNNError: in ``quantize_``, a layer that was trained, and changed since.
     """
 
 
 @register_quantize_module_handler(PIBiNNWeightOnlyConfig)
 def _pack(module: Any, config: PIBiNNWeightOnlyConfig) -> nn.Module:
-    if hasattr(getattr(module, "weight", None), "packed_signs"):
+    if isinstance(getattr(module, "weight", None), PIBiNNTensor):
         return module
-    if isinstance(module, CompactLinear) or isinstance(getattr(module, "weight_fake_quantizer", None), SignQuantizer):
+    if isinstance(module, CompactLinear | _FakeQuantized):
         raise PIBiNNError(f'a {type(module).__name__} is packed by pb.convert, or by QATConfig(..., step="convert")')
-    trained_structure = getattr(module, "pibinn_structure", None)
+    trained_structure, trained_scale = vars(module).pop("pibinn_trained", (None, None))
     if trained_structure is not None and config.structure not in (None, trained_structure):
         raise StructureError(
             f"the layer was trained with {trained_structure}; it cannot be packed as {config.structure}"
@@ -348,33 +394,18 @@ def _pack(module: Any, config: PIBiNNWeightOnlyConfig) -> nn.Module:
     target = _target(module, config.structure or trained_structure)
     weight = module.weight.detach()
     packed = PackedSigns.pack(weight, target.structure, target.shape)
-    magnitudes, is_trained = target.structure.to_compact(weight).abs(), trained_structure is not None
-    scale = _shared_scale(_root_of_quantize_call(module), magnitudes, is_trained)
-    module.pibinn_is_post_training = not is_trained
-    tensor = PIBiNNTensor(packed.bits, scale, target.structure.to_json(), list(target.shape), weight.dtype)
+    if trained_scale is None:
+        scale = config.scale_with(target.structural_latent)
+    else:
+        scale = trained_scale
+        scale.set(scale().item())  # positive in the parameter too, whose memory the packed tensors share
+        if not torch.equal(packed.weight(scale().detach(), False, weight.dtype), weight):
+            raise PIBiNNError("the layer was trained with one-bit weights, and its weight was changed since")
+    tensor = PIBiNNTensor(
+        packed.bits, scale.value.detach(), target.structure.to_json(), list(target.shape), weight.dtype
+    )
     module.weight = nn.Parameter(tensor, requires_grad=False)
     return module
-
-
-def _shared_scale(root: nn.Module, magnitudes: Tensor, is_trained: bool) -> Tensor:
-    """λ of all packed weights of the model: that of training, or the running mean of the magnitudes of the latents."""
-    mean = initial_scale([magnitudes])
-    modules: list[Any] = [m for m in root.modules() if isinstance(getattr(m, "weight", None), PIBiNNTensor)]
-    if not modules:
-        return magnitudes.new_full((1,), mean)
-    scale = modules[0].weight.scale
-    if is_trained or not all(getattr(module, "pibinn_is_post_training", False) for module in modules):
-        if scale.item() != magnitudes.new_tensor(mean).item():
-            raise ScaleError(
-                f"the model holds packed weights with λ = {scale.item():.6g}, this layer has λ = {mean:.6g}: a network "
-                f"has one; prepare and train its layers together"
-            )
-        return scale
-    count = sum(module.weight.packed_signs.nnz for module in modules)
-    new = scale + (mean - scale) * (magnitudes.numel() / (count + magnitudes.numel()))
-    for module in modules:  # each: after a deepcopy they are no longer one tensor
-        module.weight.scale.copy_(new)
-    return scale
 
 
 # config_from_dict looks the names of configs up in these modules only (Hugging Face's TorchAoConfig uses it).

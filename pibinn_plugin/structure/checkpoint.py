@@ -25,12 +25,31 @@ class StructureInStateDict:
         """Refuse a state dict that was made for another structure."""
         if is_placeholder(state):
             return
-        stored = Structure.from_bytes(bytes(state.tolist()))
-        if stored != self.structure:
+        content = bytes(checked_state(state).tolist())
+        if content != self.structure.to_bytes():  # as bytes: what is read is not built before it is known to be ours
+            stored = Structure.from_bytes(content)
             raise StructureError(
                 f"the state dict holds a weight with {stored}, this model one of shape {self.shape} with "
                 f"{self.structure}; prepare the model with the structures it was trained with"
             )
+
+
+def checked_state(state: object) -> Tensor:
+    """The extra state as uint8.
+
+    Averaging checkpoints by hand makes floats of it, which are whole numbers still where all had the same structure.
+
+    Raises:
+        StructureError: it is no list of bytes.
+    """
+    if isinstance(state, Tensor) and state.dim() == 1 and state.numel() > 0 and not state.is_complex():
+        content = state.to(torch.uint8)
+        if torch.equal(content.to(state.dtype), state):
+            return content
+    raise StructureError(
+        f"the state dict holds no structure where one is stored, but {str(state)[:80]}; extra states are bytes, which "
+        f"averaging of different ones destroys"
+    )
 
 
 def is_placeholder(state: object) -> bool:

@@ -13,7 +13,7 @@ from lightning_modules.solvers.learned_amp import LearnedAMP
 from lightning_modules.solvers.message_passing import MessagePassing
 from pibinn_plugin import functional, packing
 from pibinn_plugin.functional import kernel
-from pibinn_plugin.workflow import SCHEMES
+from pibinn_plugin.schemes import SCHEMES
 
 STRUCTURES = [
     (pb.Dense(), (4, 6)),

@@ -16,7 +16,6 @@ from pibinn_plugin import (
     ArtifactError,
     PIBiNNError,
     ScaleError,
-    artifact,
     convert,
     global_scale,
     load,
@@ -25,7 +24,9 @@ from pibinn_plugin import (
     summary,
 )
 from pibinn_plugin.nn import BlockDiagonalLinear
+from pibinn_plugin.storage import atomic_file, packed_file
 from pibinn_plugin.structure import Banded, BlockDiagonal, Mask
+from pibinn_plugin.weights import packed_weights
 
 SCHEMES = ("native", "torchao", "brevitas")
 TARGETS = {
@@ -74,7 +75,7 @@ def batch():
 
 
 def weight_bits(model):
-    return {name: packed.bits for name, packed in artifact.packed_signs_of(model)}
+    return {weight.name: weight.tensor for weight in packed_weights(model)}
 
 
 INTO = {
@@ -169,7 +170,7 @@ def test_two_scales_of_torchao_tensors_are_refused(tmp_path):
     layers = [nn.Linear(8, 8), nn.Linear(8, 4)]
     for layer in layers:
         quantize_(layer, PIBiNNWeightOnlyConfig())
-    with pytest.raises(ScaleError, match="2 scales"):
+    with pytest.raises(ScaleError, match="2 global scales"):
         save(nn.Sequential(*layers), tmp_path / "net.safetensors")
 
 
@@ -177,7 +178,7 @@ def test_stock_safetensors_reads_the_file(packed, path):
     with safetensors.safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["pibinn"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    assert header["version"] == 2
+    assert header["version"] == 3
     assert header["structures"] == [len(BlockDiagonal(2).to_bytes()), 6, len(TARGETS["last.weight"].to_bytes())]
     assert [number for _, _, number in header["layers"]] == [0, 0, 0, 1, 2]
     assert [name for name, _, _ in header["layers"]] == list(weight_bits(packed))
@@ -244,12 +245,13 @@ BAD = {
     "zero scale": (lambda t, h: t.update({"pibinn.scale": torch.tensor([0.0])}), "scale is 0"),
     "negative scale": (lambda t, h: t.update({"pibinn.scale": torch.tensor([-1.0])}), "positive"),
     "infinite scale": (lambda t, h: t.update({"pibinn.scale": torch.tensor([float("inf")])}), "finite"),
-    "double scale": (lambda t, h: t.update({"pibinn.scale": torch.ones(1).double()}), "one float32"),
+    "half scale": (lambda t, h: t.update({"pibinn.scale": torch.ones(1).half()}), "one float32"),
+    "scale of another dtype": (lambda t, h: t.update({"pibinn.scale": torch.tensor([1 / 3]).double() / 7}), "dtype"),
     "two scales": (lambda t, h: t.update({"pibinn.scale": torch.ones(2)}), "one float32"),
     "no scale": (lambda t, h: t.pop("pibinn.scale"), "pibinn.scale"),
     "no structures": (lambda t, h: t.pop("pibinn.structures"), "pibinn.structures"),
     "version 1": (lambda t, h: (h.update(version=1), h.pop("structures")), "version 1"),
-    "version 3": (lambda t, h: h.update(version=3), "version 3"),
+    "version 4": (lambda t, h: h.update(version=4), "version 4"),
     "no version": (lambda t, h: h.pop("version"), "version"),
     "no layers": (lambda t, h: h.update(layers=[]), "no layer"),
     "layer twice": (lambda t, h: h.update(layers=h["layers"] + h["layers"][:1]), "twice"),
@@ -304,7 +306,7 @@ def test_every_truncation_is_refused(path):
     for length in range(0, len(data), 37):
         path.write_bytes(data[:length])
         with pytest.raises(ArtifactError):
-            artifact.read(path)
+            packed_file.read(path)
 
 
 def test_file_of_another_model_is_refused(path):
@@ -313,7 +315,7 @@ def test_file_of_another_model_is_refused(path):
     assert_refused(path, prepare(Network(), other), r"solver\.layers\.0\.weight.*blocks=2.*blocks=4")
     fewer = {"last.weight": TARGETS["last.weight"]}
     assert_refused(path, prepare(Network(), fewer), "prepared for")
-    assert_refused(path, convert(trained()), "does not belong|packed already")
+    assert_refused(path, convert(prepare(Network(), other)), r"solver\.layers\.0\.weight.*blocks=2.*blocks=4")
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -350,9 +352,9 @@ def test_failing_save_keeps_the_old_file(failing, path, packed, monkeypatch):
         raise OSError("no space left on device")
 
     if failing == "save_file":
-        monkeypatch.setattr(artifact, "save_file", fail)
+        monkeypatch.setattr(packed_file, "save_file", fail)
     else:
-        monkeypatch.setattr(artifact.os, "replace", fail)
+        monkeypatch.setattr(atomic_file.os, "replace", fail)
     with pytest.raises(OSError, match="no space"):
         save(changed, path)
     assert path.read_bytes() == before
@@ -375,12 +377,18 @@ def test_what_is_not_packed_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_scale_that_is_not_representable_is_refused(tmp_path):
-    """A λ below float32's range would be saved as 0, and the file could never be loaded."""
+@pytest.mark.parametrize("value", [1e-60, 0.1, 0.5])
+def test_the_scale_of_a_double_model_is_stored_exactly(value, tmp_path):
+    """In float32 1e-60 would be 0, and 0.1 another weight than the trained one."""
     model = prepare(nn.Linear(4, 4).double(), {"weight": None})
-    global_scale(model).set(1e-60)
-    with pytest.raises(ScaleError, match="1e-60"):
-        save(convert(model), tmp_path / "net.safetensors")
+    global_scale(model).set(value)
+    path = save(convert(model), tmp_path / "net.safetensors")
+    loaded = load(path, into=nn.Linear(4, 4).double())
+    assert torch.equal(loaded.weight, model.weight)
+    assert summary(loaded).scale_bytes == (4 if value == 0.5 else 8)
+    if value != 0.5:
+        with pytest.raises(ArtifactError, match="float32"):
+            load(path, into=nn.Linear(4, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

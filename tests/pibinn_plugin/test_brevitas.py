@@ -12,9 +12,15 @@ from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat, Int3
 from torch import nn
 
 from pibinn_plugin import ScaleError, StructureError, convert, global_scale, prepare
-from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, PackedLinear
+from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, CompactLinear
+from pibinn_plugin.packed import PackedLinear
 from pibinn_plugin.quantizer import GlobalScale, quantize_sign
-from pibinn_plugin.schemes.brevitas import PIBiNNWeightQuant, QuantBandedLinear, QuantBlockDiagonalLinear
+from pibinn_plugin.schemes.brevitas import (
+    PIBiNNWeightQuant,
+    QuantBandedLinear,
+    QuantBlockDiagonalLinear,
+    QuantCompactLinear,
+)
 from pibinn_plugin.structure import BlockDiagonal, Mask
 from pibinn_plugin.workflow import quantized_weights
 
@@ -158,7 +164,7 @@ def test_trap_float_checkpoint_loads_with_ignore_missing_keys(through_workflow, 
     value = global_scale(model)().item()
     result = model.load_state_dict(checkpoint)  # strictly
     assert not result.missing_keys
-    assert torch.equal(model[0].weight, checkpoint["0.weight"])
+    assert torch.equal(quantized_weights(model)[0].latent, checkpoint["0.weight"])
     assert global_scale(model)().item() == value
     with pytest.raises(RuntimeError, match=r"0\.weight"):  # what a float checkpoint does hold is not forgiven
         model.load_state_dict({key: value for key, value in checkpoint.items() if key != "0.weight"})
@@ -196,7 +202,7 @@ def test_trap_other_quantizers_of_a_brevitas_layer_stay():
     prepare(model, {"*.weight": BlockDiagonal(4)}, "brevitas")
     assert model[0] is layer
     assert [layer.input_quant, layer.output_quant, layer.bias_quant] == others
-    assert layer.weight is latent  # the optimizer goes on with it
+    assert quantized_weights(model)[0].latent is latent  # the optimizer goes on with it
     assert any(parameter is latent for group in optimizer.param_groups for parameter in group["params"])
     assert set(layer.quant_weight().int().unique().tolist()) == {-1, 0, 1}
     model.eval()
@@ -217,14 +223,16 @@ def test_swapped_float_layers_keep_their_parameters():
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prepare(model, {"[023].weight": None}, "brevitas")
-    assert [type(model[i]) for i in (0, 2, 3)] == [qnn.QuantLinear, QuantBlockDiagonalLinear, QuantBandedLinear]
-    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
-    before = model[0].weight.detach().clone()
+    for i, kind in ((0, qnn.QuantLinear), (2, QuantCompactLinear), (3, QuantCompactLinear)):
+        assert isinstance(model[i], kind)
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in parameters.items())
+    before = after["0.weight"].detach().clone()
     model(torch.randn(4, 8)).square().sum().backward()
     optimizer.step()
-    assert not torch.equal(model[0].weight, before)
+    assert not torch.equal(after["0.weight"], before)
     assert isinstance(model[1], nn.BatchNorm1d)  # not merged into a weight whose sign would discard it
-    assert type(convert(model)[0]) is PackedLinear
+    assert isinstance(convert(model)[0], PackedLinear)
 
 
 def test_trap_state_dict_round_trip_without_pickled_classes():
@@ -257,3 +265,97 @@ def test_quant_tensors_flow_through_a_compact_layer():
     dense = layer.structure.to_dense(layer.quant_weight().value, (4, 8))
     expected = layer.output_quant(F.linear(layer.input_quant(input).value, dense, layer.bias))
     torch.testing.assert_close(output.value, expected.value)
+
+
+# --------------------------------------------------------------------------------------- Brevitas' own tools on a layer
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_calibration_and_bias_correction_see_the_masked_weight(compact):
+    """With quantizers off Brevitas reads the weight as it is: V ⊙ M, not V."""
+    from brevitas.graph.calibrate import bias_correction_mode, quantization_status_manager
+
+    torch.manual_seed(0)
+    make = BlockDiagonalLinear if compact else lambda rows, columns, _: nn.Linear(rows, columns)
+    model = prepare(nn.Sequential(make(8, 8, 4)), {"0.weight": BlockDiagonal(4)}, "brevitas").eval()
+    (weight,) = quantized_weights(model)
+    dense = weight.structure.to_dense(weight.quantizer.structural(weight.latent), (8, 8))
+    with torch.no_grad():
+        weight.latent.mul_(1.5)  # |V| far from λ, so that the difference shows
+        weight.latent.add_(3.0 * (1 - weight.structure.mask((8, 8)).float()) if not compact else 0.0)
+    dense = weight.structure.to_dense(weight.quantizer.structural(weight.latent), (8, 8))
+    x = torch.randn(64, 8)
+    with (
+        torch.no_grad(),
+        quantization_status_manager(model, disable_weight_quant=True, disable_act_quant=True, disable_bias_quant=True),
+    ):
+        torch.testing.assert_close(model(x), F.linear(x, dense, model[0].bias))
+    before, quantized = model[0].bias.detach().clone(), model(x).detach()
+    with torch.no_grad(), bias_correction_mode(model):
+        model(x)
+    expected = (F.linear(x, dense, before) - quantized).mean(0)
+    torch.testing.assert_close(model[0].bias.detach() - before, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_slices_of_a_masked_weight_are_slices_of_w():
+    """As GPTQ takes them, a column at a time."""
+    layer = qnn.QuantLinear(8, 4, weight_quant=with_scale(mask=BlockDiagonal(2)))
+    for column in range(8):
+        part = layer.quant_weight(subtensor_slice_list=[None, (column, column + 1)])
+        assert torch.equal(getattr(part, "value", part), layer.weight[:, column : column + 1])
+
+
+def test_gptq_leaves_a_one_bit_network():
+    from brevitas.graph.gptq import gptq_mode
+
+    torch.manual_seed(0)
+    model = prepare(
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), {"*.weight": BlockDiagonal(4)}, "brevitas"
+    )
+    model.eval()
+    with torch.no_grad(), gptq_mode(model, use_quant_activations=False) as gptq:
+        for _ in range(gptq.num_layers):
+            gptq.model(torch.randn(64, 8))
+            gptq.update()
+    value = global_scale(model)().item()
+    assert set(model[0].weight.unique().tolist()) == {-value, 0.0, value}
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(convert(model)(x), model(x))
+
+
+def test_a_mask_is_never_left_on_the_meta_device():
+    """`layerwise_quantize` builds layers on meta when the float ones are there, and loads the weights afterwards."""
+    model = nn.Sequential(qnn.QuantLinear(8, 4, device="meta", weight_quant=with_scale(mask=BlockDiagonal(2))))
+    source = nn.Sequential(qnn.QuantLinear(8, 4, weight_quant=with_scale(mask=BlockDiagonal(2))))
+    model.load_state_dict(source.state_dict(), assign=True)
+    model.to("cpu").to(torch.float64)
+    assert torch.equal(model[0].weight, source[0].weight.double())
+
+
+@pytest.mark.parametrize(
+    "structure", [BlockDiagonal(2), Mask(torch.eye(8)), BlockDiagonal(rows=(3, 5), columns=(6, 2))]
+)
+def test_a_compact_layer_gives_quant_tensors_when_asked(structure):
+    torch.manual_seed(0)
+    compact = QuantCompactLinear(
+        8, 8, structure, False, with_scale(), input_quant=Int8ActPerTensorFloat, return_quant_tensor=True
+    )
+    compact(torch.randn(16, 8))
+    compact.eval()
+    x = torch.randn(4, 8)
+    output = compact(x)
+    assert output.is_valid
+    dense = structure.to_dense(compact.weight, (8, 8))
+    torch.testing.assert_close(output.value, F.linear(compact.input_quant(x).value, dense))
+
+
+@pytest.mark.parametrize("scheme", ["torchao", "brevitas"])
+def test_one_compact_layer_for_every_structure(scheme):
+    mask = Mask([[1, 0, 1], [0, 1, 1]])
+    layer = CompactLinear(3, 2, mask)
+    model = prepare(nn.Sequential(layer), {"0.weight": None}, scheme)
+    assert model[0] is layer
+    x = torch.randn(4, 3)
+    expected = F.linear(x, mask.to_dense(layer.weight, (2, 3)), layer.bias)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(convert(model)(x), expected)

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from two_stage import EPOCHS, TARGETS, SmallModule
 
 import pibinn_plugin as pb
-from pibinn_plugin.workflow import SCHEMES, quantized_weights
+from pibinn_plugin.schemes import SCHEMES
+from pibinn_plugin.workflow import quantized_weights
 
 # --------------------------------------------------------------------------------------------------------- the stages
 

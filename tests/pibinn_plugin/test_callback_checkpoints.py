@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from two_stage import EPOCHS, TARGETS, SmallModule
 
 import pibinn_plugin as pb
-from pibinn_plugin.workflow import SCHEMES
+from pibinn_plugin.schemes import SCHEMES
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -6,7 +6,19 @@ import sys
 import pytest
 
 FRAMEWORKS = ("torchao", "brevitas", "pytorch_lightning", "lightning", "rich", "safetensors", "torchmetrics", "numpy")
-CORE = ("structure", "bits", "quantizer", "packing", "functional", "nn", "targets", "workflow", "errors", "inventory")
+CORE = (
+    "structure",
+    "bits",
+    "quantizer",
+    "packing",
+    "packed",
+    "functional",
+    "nn",
+    "weights",
+    "targets",
+    "workflow",
+    "errors",
+)
 
 
 def run(code):
@@ -25,7 +37,7 @@ def new_modules(statement):
 
 
 @pytest.mark.parametrize(
-    "statement", ["import pibinn_plugin", "import pibinn_plugin.summary", "import pibinn_plugin.schemes.native"]
+    "statement", ["import pibinn_plugin", "import pibinn_plugin.storage.summary", "import pibinn_plugin.schemes.native"]
 )
 def test_import_brings_torch_only(statement):
     added = new_modules(statement)

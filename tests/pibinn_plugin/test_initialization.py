@@ -16,7 +16,8 @@ import pibinn_plugin as pb
 from lightning_modules.operators import SignBlocks
 from pibinn_plugin.initialization import SignsFromOperator, SignsFromPairs, signs_from_operator, start_float_weights
 from pibinn_plugin.nn import BlockDiagonalLinear
-from pibinn_plugin.workflow import SCHEMES, quantized_weights
+from pibinn_plugin.schemes import SCHEMES
+from pibinn_plugin.workflow import quantized_weights
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")

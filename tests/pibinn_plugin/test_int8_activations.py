@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 import pibinn_plugin as pb
 from pibinn_plugin.functional import kernel, packed_linear, packed_linear_int8
-from pibinn_plugin.nn import PackedLinear, use_int8_activations
+from pibinn_plugin.packed import PackedLinear, use_int8_activations
 from pibinn_plugin.packing import PackedSigns
 
 CASES = [

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import packed_layers
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,6 @@ from torch.library import opcheck
 import pibinn_plugin as pb
 from pibinn_plugin import native_kernel
 from pibinn_plugin.functional import kernel, packed_linear, packed_linear_adjoint
-from pibinn_plugin.nn import PackedLinear
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale
 
@@ -40,7 +40,7 @@ def run(arguments, **environment):
 
 def packed_layer(structure, shape, bias=True):
     packed = PackedSigns.pack(torch.randn(shape), structure, shape)
-    return PackedLinear(packed, GlobalScale(0.5), torch.randn(shape[0]) if bias else None, compact=False)
+    return packed_layers.packed_layer(packed, GlobalScale(0.5), torch.randn(shape[0]) if bias else None)
 
 
 # --------------------------------------------------------------------------------------------------------- values
@@ -66,7 +66,7 @@ def test_adjoint_is_the_product_with_the_transpose(case, batch, seed):
     torch.manual_seed(seed)
     layer = packed_layer(structure, shape)
     weight, y = layer.weight.detach().double(), torch.randn(*batch, shape[0])
-    x = packed_linear_adjoint(y, layer.bits, layer._scale[0](), structure, shape)
+    x = packed_linear_adjoint(y, layer.bits, layer._rule.scale(), structure, shape)
     torch.testing.assert_close(x.double(), y.double() @ weight, rtol=1e-5, atol=1e-5)
     x = packed_linear_adjoint(y.double(), layer.bits, torch.tensor([0.5]), structure, shape)  # in plain torch
     torch.testing.assert_close(x, y.double() @ weight)
@@ -127,7 +127,7 @@ def test_layer_follows_every_change_of_its_bits_scale_and_bias(structure, shape)
 
     check()
     for change in (
-        lambda: layer._scale[0].set(0.7),
+        lambda: layer._rule.scale.set(0.7),
         lambda: layer.bits.data.bitwise_not_(),
         lambda: layer.load_state_dict(other.state_dict()),
         lambda: layer.bits.data.bitwise_not_(),
@@ -149,7 +149,7 @@ def test_layer_follows_every_change_of_its_bits_scale_and_bias(structure, shape)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layer_takes_the_scale_as_the_global_scale_gives_it(value, dtype):
     layer = packed_layer(pb.BlockDiagonal(2), (4, 6), bias=False)
-    layer._scale[0].to(dtype).value.data.fill_(value)
+    layer._rule.scale.to(dtype).value.data.fill_(value)
     x = torch.randn(3, 6) * 1e30
     with torch.no_grad():
         fused = layer(x)
@@ -168,9 +168,9 @@ def test_gradients_are_those_of_the_dense_product(structure, shape):
     signs = layer.weight.detach().sign()
 
     def derivatives(function):
-        loss = function(x, layer._scale[0].value, layer.bias).sin().sum()
-        first = torch.autograd.grad(loss, (x, layer._scale[0].value, layer.bias), create_graph=True)
-        return *first, *torch.autograd.grad((first[0] * direction).sum(), (x, layer._scale[0].value, layer.bias))
+        loss = function(x, layer._rule.scale.value, layer.bias).sin().sum()
+        first = torch.autograd.grad(loss, (x, layer._rule.scale.value, layer.bias), create_graph=True)
+        return *first, *torch.autograd.grad((first[0] * direction).sum(), (x, layer._rule.scale.value, layer.bias))
 
     packed = derivatives(lambda x, s, b: packed_linear(x, layer.bits, s, structure, shape, b))
     dense = derivatives(lambda x, s, b: x @ (s * signs).T + b)
@@ -220,7 +220,7 @@ def test_compiled_layers_call_the_kernel_and_exported_programs_do_not():
 def test_compiled_training_step_is_the_eager_one():
     model = torch.nn.Sequential(packed_layer(*BLOCKS[1]), torch.nn.Tanh(), packed_layer(pb.Dense(), (4, 21)))
     x, gradients = torch.randn(9, 36), []
-    scales = [model[0]._scale[0].value, model[2]._scale[0].value]
+    scales = [model[0]._rule.scale.value, model[2]._rule.scale.value]
     for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         gradients.append(torch.autograd.grad(function(x).square().sum(), [*model.parameters(), *scales]))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

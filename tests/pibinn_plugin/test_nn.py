@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
-from pibinn_plugin import StructureError, convert, prepare
-from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, CompactLinear, PackedConv, PackedLinear
-from pibinn_plugin.packing import PackedSigns
-from pibinn_plugin.quantizer import GlobalScale
+from pibinn_plugin import PIBiNNError, StructureError, convert, global_scale, prepare
+from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, CompactLinear
+from pibinn_plugin.packed import PackedCompactLinear
 from pibinn_plugin.structure import Banded, BlockDiagonal, Mask
 
 LAYERS = [
@@ -67,9 +67,9 @@ def test_structure_that_does_not_fit_is_refused(make):
 def test_packed_linear_replaces_a_compact_layer(make):
     layer = prepare(make(), {"weight": None})
     packed = convert(layer)
-    assert type(packed) is PackedLinear
+    assert isinstance(packed, PackedCompactLinear)
     assert torch.equal(packed.weight, layer.weight)  # in the form that the layer had: compact
-    input = torch.randn(5, packed.shape[1])
+    input = torch.randn(5, packed.in_features)
     torch.testing.assert_close(packed(input), layer(input))
 
 
@@ -87,7 +87,7 @@ CONVOLUTIONS = [
 def test_packed_convolution_keeps_every_argument_of_the_layer_it_replaces(convolution):
     prepared = prepare(nn.Sequential(copy.deepcopy(convolution)), {"0.weight": None})
     packed = convert(prepared)
-    assert type(packed[0]) is PackedConv
+    assert isinstance(packed[0], type(convolution))
     assert torch.equal(packed[0].weight, prepared[0].weight)
     twin = copy.deepcopy(convolution)
     with torch.no_grad():
@@ -98,22 +98,80 @@ def test_packed_convolution_keeps_every_argument_of_the_layer_it_replaces(convol
     torch.testing.assert_close(packed(one), twin(one))
 
 
+def packed_linear(structure, size):
+    return convert(prepare(nn.Linear(size, size, bias=False), {"weight": structure}))
+
+
 def test_packed_layers_hold_bits_and_no_latent():
-    scale = GlobalScale(0.5)
-    layer = PackedLinear(PackedSigns.pack(torch.randn(16, 16), BlockDiagonal(4), (16, 16)), scale, None, False)
-    assert list(layer.parameters()) == []  # λ is referenced, not owned
+    layer = packed_linear(BlockDiagonal(4), 16)
+    assert [name for name, _ in layer.named_parameters()] == ["pibinn_scale.value"]
+    bits, structure = "parametrizations.weight.original", "parametrizations.weight.0._extra_state"
     state = layer.state_dict()
-    assert {name: value.dtype for name, value in state.items()} == dict.fromkeys(["bits", "_extra_state"], torch.uint8)
-    assert state["bits"].numel() == 8
-    scale.set(2.0)
+    assert {name: value.dtype for name, value in state.items()} == {
+        "pibinn_scale.value": torch.float32,
+        bits: torch.uint8,
+        structure: torch.uint8,
+    }
+    assert state[bits].numel() == 8
+    global_scale(layer).set(2.0)
     input = torch.randn(16)
     torch.testing.assert_close(layer(input), F.linear(input, layer.weight))
     assert layer.weight.abs().max() == 2.0
 
 
 def test_packed_layer_refuses_the_state_of_another_structure():
-    shape, scale = (4, 4), GlobalScale(0.5)
-    one = PackedLinear(PackedSigns.pack(torch.randn(shape), BlockDiagonal(2), shape), scale, None, False)
-    other = PackedLinear(PackedSigns.pack(torch.randn(shape), Banded(0, 1), shape), scale, None, False)
+    one, other = packed_linear(BlockDiagonal(2), 4), packed_linear(Banded(0, 1), 4)
     with pytest.raises(StructureError, match=r"blocks=2"):
         other.load_state_dict(one.state_dict())
+
+
+def test_a_packed_layer_stays_the_layer_that_it_was():
+    layer = prepare(nn.Linear(16, 8), {"weight": None})
+    packed = convert(layer)
+    assert isinstance(packed, nn.Linear)
+    assert (packed.in_features, packed.out_features) == (16, 8)
+    assert "16, " in repr(packed)
+
+
+def test_whatever_is_put_on_a_packed_layer_takes_part():
+    x = torch.randn(3, 16)
+    packed = convert(prepare(nn.Linear(16, 8), {"weight": None}))
+    expected = F.linear(x, 2 * packed.weight, packed.bias)
+    parametrize.register_parametrization(packed, "weight", Double(), unsafe=True)
+    torch.testing.assert_close(packed(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), expected)
+    with pytest.raises(PIBiNNError, match="parametrized beyond"):
+        packed.adjoint(torch.randn(3, 8))
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("structure", [None, BlockDiagonal(4), Banded(1, 2)])
+def test_integer_inputs_are_refused_and_not_taken_for_zero(structure):
+    packed = convert(prepare(nn.Linear(16, 8), {"weight": structure}))
+    for call in (packed, lambda x: packed.adjoint(x[:, :8])):
+        with pytest.raises(PIBiNNError, match=r"torch\.int64.*floating-point"):
+            call(torch.ones(3, 16, dtype=torch.int64))
+
+
+def test_autocast_gives_what_it_gives_of_a_float_layer():
+    layer = prepare(nn.Linear(16, 8), {"weight": None})
+    packed, x = convert(layer), torch.randn(3, 16)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context(), torch.autocast("cpu", torch.bfloat16):
+            assert packed(x).dtype == layer(x).dtype == torch.bfloat16
+            torch.testing.assert_close(packed(x), layer(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_packed_layer_follows_its_module_to_another_dtype(dtype):
+    packed = convert(prepare(nn.Sequential(nn.Linear(16, 8), nn.Conv1d(8, 4, 1)), {"*.weight": None}))
+    packed.to(dtype)
+    assert {module.weight.dtype for module in packed} == {dtype}
+    assert (
+        packed[0](torch.randn(3, 16, dtype=dtype)).dtype == packed[1](torch.randn(2, 8, 5, dtype=dtype)).dtype == dtype
+    )

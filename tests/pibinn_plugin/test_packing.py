@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 from pibinn_plugin import StructureError
 from pibinn_plugin.bits import pack_bits, unpack_bits
-from pibinn_plugin.packing import PackedSigns, UnpackSigns, unpack_signs
+from pibinn_plugin.packed import UnpackSigns
+from pibinn_plugin.packing import PackedSigns, unpack_signs
 from pibinn_plugin.quantizer import GlobalScale, quantize_sign
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask
 
@@ -129,13 +130,16 @@ def test_gradient_of_the_scale_is_the_sum_over_signs():
 
 def test_unpack_parametrization_gives_the_weight_and_keeps_its_structure():
     scale = GlobalScale(0.5)
-    unpack = UnpackSigns(scale, BlockDiagonal(2), (2, 2), False, torch.float64)
-    weight = unpack(torch.tensor([0b01], dtype=torch.uint8))
+    bits = torch.tensor([0b01], dtype=torch.uint8)
+    unpack = UnpackSigns(scale, PackedSigns(bits, BlockDiagonal(2), (2, 2)), False, torch.float64)
+    weight = unpack(bits)
     assert weight.dtype == torch.float64
     assert weight.tolist() == [[0.5, 0.0], [0.0, -0.5]]
     assert list(unpack.parameters()) == []
     with pytest.raises(StructureError, match="prepare the model"):
-        UnpackSigns(scale, Dense(), (2, 2), False, torch.float32).load_state_dict(unpack.state_dict())
+        UnpackSigns(scale, PackedSigns(bits, Dense(), (2, 2)), False, torch.float32).load_state_dict(
+            unpack.state_dict()
+        )
 
 
 def test_trap_unpacking_uses_no_shift():

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pibinn_plugin as pb
-from pibinn_plugin.sign_regression import (
+from pibinn_plugin.initialization.sign_regression import (
     PairStatistics,
     box_weights,
     flip_one_sign_a_row,
-    one_bit_weights,
+    one_bit_start,
     ridge_weights,
 )
 
@@ -55,7 +55,7 @@ def error(weight, x, y):
 @pytest.mark.parametrize(("structure", "shape"), STRUCTURES)
 def test_a_sign_operator_is_recovered_from_enough_pairs(structure, shape):
     operator, x, y = random_problem(structure, shape, 60, 0.0, seed=1)
-    start = one_bit_weights(statistics_of(structure, shape, x, y))
+    start = one_bit_start(statistics_of(structure, shape, x, y))
     assert start.latent.shape == structure.compact_shape(shape)
     assert torch.equal(dense(structure, shape, start.latent).sign(), operator.sign())
     assert start.scale == pytest.approx(0.7)
@@ -84,7 +84,7 @@ def test_ridge_is_the_least_squares_of_each_row_on_its_columns(structure, shape)
 def test_enumeration_bounds_the_error_and_is_reached_where_pairs_suffice(seed, pairs, noise):
     structure, shape = pb.BlockDiagonal(2), (4, 10)
     _, x, y = random_problem(structure, shape, pairs, noise, seed)
-    start = one_bit_weights(statistics_of(structure, shape, x, y))
+    start = one_bit_start(statistics_of(structure, shape, x, y))
     found = start.scale * dense(structure, shape, start.latent).sign()
     least = 0.0
     for row in range(4):
@@ -152,7 +152,7 @@ def test_a_known_scale_is_kept_and_finds_no_fewer_signs():
     structure, shape = pb.Dense(), (16, 32)
     operator, x, y = random_problem(structure, shape, 26, 0.1, seed=6)
     statistics = statistics_of(structure, shape, x, y)
-    known, estimated = one_bit_weights(statistics, 0.7), one_bit_weights(statistics)
+    known, estimated = one_bit_start(statistics, 0.7), one_bit_start(statistics)
     assert known.scale == 0.7 != estimated.scale
     right = [(start.latent.sign() == operator.sign()).sum() for start in (known, estimated)]
     assert right[0] > 0.95 * operator.numel()
@@ -164,18 +164,18 @@ def test_a_known_scale_is_kept_and_finds_no_fewer_signs():
 def test_symmetries(seed, factor):
     structure, shape = pb.BlockDiagonal(2), (6, 8)
     _, x, y = random_problem(structure, shape, 12, 0.2, seed)
-    start = one_bit_weights(statistics_of(structure, shape, x, y))
+    start = one_bit_start(statistics_of(structure, shape, x, y))
 
     order = torch.randperm(len(x))
-    same = one_bit_weights(statistics_of(structure, shape, x[order], y[order]))
+    same = one_bit_start(statistics_of(structure, shape, x[order], y[order]))
     torch.testing.assert_close(same.latent, start.latent)
 
     for inputs, outputs, ratio in ((x, factor * y, factor), (factor * x, y, 1 / factor)):
-        scaled = one_bit_weights(statistics_of(structure, shape, inputs, outputs))
+        scaled = one_bit_start(statistics_of(structure, shape, inputs, outputs))
         torch.testing.assert_close(scaled.latent, ratio * start.latent)
         assert scaled.scale == pytest.approx(ratio * start.scale)
 
-    swapped = one_bit_weights(statistics_of(structure, shape, x.roll(4, 1), y.roll(3, 1)))
+    swapped = one_bit_start(statistics_of(structure, shape, x.roll(4, 1), y.roll(3, 1)))
     torch.testing.assert_close(swapped.latent, start.latent.flip(0))
 
 
@@ -186,7 +186,7 @@ def test_batches_add_up():
     for first in range(0, 30, 7):
         batches.add(x[first : first + 7], y[first : first + 7])
     assert batches.pairs == 30
-    torch.testing.assert_close(one_bit_weights(batches), one_bit_weights(whole))
+    torch.testing.assert_close(one_bit_start(batches), one_bit_start(whole))
 
 
 def test_memory_goes_with_the_blocks():
@@ -199,7 +199,7 @@ def test_a_constant_input_that_never_occurs_leaves_the_rest_alone():
     operator, x, y = random_problem(pb.Dense(), (4, 6), 60, 0.0, seed=4)
     y = y - x[:, 2:3] @ operator[:, 2:3].T
     x[:, 2] = 0
-    start = one_bit_weights(statistics_of(pb.Dense(), (4, 6), x, y))
+    start = one_bit_start(statistics_of(pb.Dense(), (4, 6), x, y))
     others = [0, 1, 3, 4, 5]
     assert torch.equal(start.latent.sign()[:, others], operator.sign()[:, others])
     assert start.scale == pytest.approx(0.7)
@@ -208,7 +208,7 @@ def test_a_constant_input_that_never_occurs_leaves_the_rest_alone():
 def test_what_pairs_cannot_be_is_said():
     statistics = PairStatistics(pb.BlockDiagonal(2), (4, 6))
     with pytest.raises(pb.PIBiNNError, match="no pairs"):
-        one_bit_weights(statistics)
+        one_bit_start(statistics)
     for x, y in (
         (torch.ones(3, 4), torch.ones(3, 6)),
         (torch.ones(3, 6), torch.ones(2, 4)),
@@ -224,9 +224,9 @@ def test_what_pairs_cannot_be_is_said():
             statistics.add(x, y)
     assert statistics.pairs == 0
     with pytest.raises(pb.PIBiNNError, match="all 3 pairs are zero"):
-        one_bit_weights(statistics_of(pb.Dense(), (4, 6), torch.zeros(3, 6), torch.ones(3, 4)))
+        one_bit_start(statistics_of(pb.Dense(), (4, 6), torch.zeros(3, 6), torch.ones(3, 4)))
     with pytest.raises(pb.ScaleError, match="expected a positive one"):
-        one_bit_weights(statistics_of(pb.Dense(), (4, 6), torch.ones(3, 6), torch.zeros(3, 4)))
+        one_bit_start(statistics_of(pb.Dense(), (4, 6), torch.ones(3, 6), torch.zeros(3, 4)))
     for scale in (0.0, -0.7, float("nan")):
         with pytest.raises(pb.ScaleError, match="expected a positive one"):
             box_weights(statistics_of(pb.Dense(), (4, 6), torch.ones(3, 6), torch.ones(3, 4)), scale)

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import numpy as np
+import packed_layers
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +15,6 @@ from torch.library import opcheck
 import pibinn_plugin as pb
 from pibinn_plugin import native_kernel
 from pibinn_plugin.functional import kernel, packed_linear, packed_linear_adjoint
-from pibinn_plugin.nn import PackedLinear
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.structure.sparse_rows import sparse_rows
@@ -33,7 +33,7 @@ def cases():
 
 def packed_layer(structure, shape, bias=True):
     packed = PackedSigns.pack(torch.randn(shape), structure, shape)
-    return PackedLinear(packed, GlobalScale(0.5), torch.randn(shape[0]) if bias else None, compact=False)
+    return packed_layers.packed_layer(packed, GlobalScale(0.5), torch.randn(shape[0]) if bias else None)
 
 
 @st.composite
@@ -93,7 +93,7 @@ def test_products_are_those_of_the_dense_matrix(weight, batch, dtype, strided, h
 def test_gradients_are_those_of_the_dense_product(case):
     structure, shape = cases()[case]
     layer = packed_layer(structure, shape)
-    signs, scale = layer.weight.detach().sign(), layer._scale[0].value
+    signs, scale = layer.weight.detach().sign(), layer._rule.scale.value
 
     def derivatives(function, inputs, *parameters):
         x = torch.randn(9, inputs, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -149,8 +149,9 @@ def test_layer_stores_bits_alone_and_its_copies_are_its_equals(case):
     layer, x = packed_layer(structure, shape), torch.randn(4, shape[1])
     with torch.no_grad():
         expected = layer(x)
-        assert set(layer.state_dict()) == {"bits", "bias", "_extra_state"}
-        assert layer.state_dict()["_extra_state"].numel() == len(structure.to_bytes())
+        signs, stored = "parametrizations.weight.original", "parametrizations.weight.0._extra_state"
+        assert set(layer.state_dict()) == {signs, "bias", stored}
+        assert layer.state_dict()[stored].numel() == len(structure.to_bytes())
         for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             copied.bits.bitwise_not_()
             torch.testing.assert_close(copied(x) - layer.bias, layer.bias - expected)
@@ -208,7 +209,7 @@ def operators_of(function, *inputs):
 @pytest.mark.parametrize("case", range(3))
 def test_compiled_layers_call_the_kernel_and_exported_programs_do_not(case):
     layer = packed_layer(*cases()[case])
-    x = torch.randn(3, layer.shape[1])
+    x = torch.randn(3, layer._rule.shape[1])
     with torch.no_grad():
         result, operators = operators_of(layer, x)
         torch.testing.assert_close(result, layer(x))
@@ -259,7 +260,7 @@ def test_first_use_in_a_trace_leaves_nothing_of_it_behind(case):
 def test_compiled_training_step_is_the_eager_one():
     layers = [packed_layer(*case) for case in (cases()[1], (pb.Mask(PATTERN.T), (70, 40)))]
     model, x, gradients = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1]), torch.randn(9, 70), []
-    scales = [layer._scale[0].value for layer in layers]
+    scales = [layer._rule.scale.value for layer in layers]
     for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         gradients.append(torch.autograd.grad(function(x).square().sum(), [*model.parameters(), *scales]))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch import nn
 
 from pibinn_plugin import ArtifactError, convert, load, prepare, save, summary
-from pibinn_plugin.packing import packed_signs_of
-from pibinn_plugin.stored_structures import StoredStructures
+from pibinn_plugin.storage.stored_structures import StoredStructures
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask, Structure
+from pibinn_plugin.weights import packed_weights
 
 STRUCTURES = [
     Dense(),
@@ -115,7 +115,7 @@ def test_a_file_grows_by_signs_and_a_header_line_a_layer(scheme, tmp_path):
         assert header_bytes <= 256 * (layers + 1)
         assert summary(packed).total_bytes == sizes[-1]
         loaded = load(path, into=network(layers))
-        assert len({id(weight.structure) for _, weight in packed_signs_of(loaded)}) == 1
+        assert len({id(weight.structure) for weight in packed_weights(loaded)}) == 1
         assert all(torch.equal(one.weight, other.weight) for one, other in zip(loaded, packed, strict=True))
     assert sizes == [len(mask.to_bytes()) + 4 + layers * signs for layers in (1, 2, 9)]
 
@@ -130,7 +130,7 @@ def test_two_structures_of_one_shape_stay_apart(tmp_path):
     assert header["structures"] == [len(first.to_bytes()), len(second.to_bytes())]
     assert [number for _, _, number in header["layers"]] == [0, 1, 0]
     loaded = load(path, into=network(3))
-    assert [weight.structure for _, weight in packed_signs_of(loaded)] == list(targets.values())
+    assert [weight.structure for weight in packed_weights(loaded)] == list(targets.values())
     assert all(torch.equal(one.weight, other.weight) for one, other in zip(loaded, packed, strict=True))
 
 

@@ -17,10 +17,10 @@ def network():
 def test_patterns_are_those_of_the_shell_over_parameter_names():
     model = network()
     by_pattern = {
-        "*.weight": ["0.weight", "1.weight", "2.0.weight", "2.1.weight"],
+        "[02].*weight": ["0.weight", "2.0.weight", "2.1.weight"],
         "2.*.weight": ["2.0.weight", "2.1.weight"],
         "2.[1-9].weight": ["2.1.weight"],
-        "?.weight": ["0.weight", "1.weight"],
+        "[0].weight": ["0.weight"],
     }
     for pattern, names in by_pattern.items():
         assert [target.name for target in resolve_targets(model, {pattern: None})] == names
@@ -59,6 +59,26 @@ class Twice(nn.Module):
         self.first = self.second = nn.Linear(4, 4)
 
 
+class Number(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.gain = nn.Linear(4, 4), nn.Parameter(torch.tensor(0.5))
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.steps = [self.layer.weight]
+
+
+class Viewed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.transposed = self.layer.weight.t()
+
+
 class Integers(nn.Module):
     def __init__(self):
         super().__init__()
@@ -73,13 +93,33 @@ ERRORS = [
     (network, {"0.weight": BlockDiagonal(5)}, r"'0\.weight' \(shape \(6, 8\), in a Linear\).*divisor"),
     (network, {"0.bias": Banded(0, 0)}, r"'0\.bias' \(shape \(6,\)"),
     (network, {"0.weight": 8}, r"0\.weight.*expected a Structure"),
-    (Tied, {"encoder.weight": None}, r"encoder\.weight.*shared.*decoder\.weight"),
-    (Tied, {"*": None}, "shared"),
-    (Twice, {"first.weight": None}, r"shared under the names \['first\.weight', 'second\.weight'\]"),
+    (network, {"*.weight": None}, r"'1\.weight' \(shape \(6,\), in a BatchNorm1d\).*one by one"),
+    (lambda: nn.Sequential(nn.Embedding(4, 3, padding_idx=0)), {"*": None}, r"padding row"),
+    (Number, {"*": None}, r"'gain' is a number"),
+    (Listed, {"layer.weight": None}, r"'layer\.weight'.* held by Listed\.steps\[0\]"),
+    (Viewed, {"layer.weight": None}, r"'layer\.weight'.* held by Viewed\.transposed"),
+    (lambda: nn.LSTM(3, 4), {"weight_hh_l0": None}, r"held by LSTM\._flat_weights\[1\]"),
+    (lambda: torch.jit.script(nn.Linear(3, 2)), {"weight": None}, "ScriptModule"),
+    (Tied, {"encoder.weight": None, "decoder.weight": None}, r"'encoder\.weight' is matched by .*another pattern"),
     (Integers, {"weight": None}, "int8"),
     (lambda: nn.LazyLinear(4), {"weight": None}, "no shape yet"),
     (nn.ReLU, {"*": None}, "no parameter"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern", "names"),
+    [
+        (Tied, "encoder.weight", ["encoder.weight", "decoder.weight"]),
+        (Tied, "decoder.weight", ["encoder.weight", "decoder.weight"]),
+        (Tied, "*.weight", ["encoder.weight", "decoder.weight"]),
+        (Twice, "second.weight", ["first.weight", "second.weight"]),
+        (lambda: nn.ModuleDict({"a[0-9]": nn.Linear(4, 4)}), "a[0-9].weight", ["a[0-9].weight"]),
+    ],
+)
+def test_a_weight_under_several_names_is_one_target(make, pattern, names):
+    (target,) = resolve_targets(make(), {pattern: None})
+    assert [place.name for place in target.places] == names
 
 
 @pytest.mark.parametrize(("make", "targets", "words"), ERRORS)

@@ -16,9 +16,19 @@ from torchao.quantization import FqnToConfig, quantize_
 from torchao.quantization.qat import FakeQuantizedLinear, QATConfig
 from torchao.quantization.qat.linear import disable_linear_fake_quant, enable_linear_fake_quant
 
-from pibinn_plugin import PIBiNNError, ScaleError, StructureError, TargetError, convert, global_scale
+from pibinn_plugin import (
+    PIBiNNError,
+    ScaleError,
+    StructureError,
+    TargetError,
+    convert,
+    global_scale,
+    load,
+    save,
+    summary,
+)
 from pibinn_plugin.functional import kernel
-from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear
+from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear, CompactLinear
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale, quantize_sign
 from pibinn_plugin.schemes.torchao import PIBiNNQATConfig, PIBiNNTensor, PIBiNNWeightOnlyConfig
@@ -74,9 +84,15 @@ def test_quantize_prepares_all_layers_with_one_scale(batch):
 
 def test_trap_several_configs_of_an_fqn_to_config_share_one_scale(batch):
     model = float_model()
-    configs = {"0": PIBiNNQATConfig(UNEVEN), "2.0": PIBiNNQATConfig(EYE), "2.1": PIBiNNQATConfig()}
+    scale = GlobalScale()
+    configs = {
+        "0": PIBiNNQATConfig(UNEVEN, scale),
+        "2.0": PIBiNNQATConfig(EYE, scale),
+        "2.1": PIBiNNQATConfig(None, scale),
+    }
     quantize_(model, FqnToConfig(configs), filter_fn=None)
-    assert [weight.quantizer.structure for weight in quantized_weights(model)] == [UNEVEN, EYE, Dense()]
+    assert [weight.structure for weight in quantized_weights(model)] == [UNEVEN, EYE, Dense()]
+    assert global_scale(model) is scale
     assert sum(isinstance(module, GlobalScale) for module in model.modules()) == 1
     structural = torch.cat([w.quantizer.structural(w.latent).flatten() for w in quantized_weights(model)])
     assert global_scale(model)().item() == pytest.approx(structural.abs().double().mean().item(), rel=1e-6)
@@ -86,22 +102,78 @@ def test_trap_several_configs_of_an_fqn_to_config_share_one_scale(batch):
     torch.testing.assert_close(model(batch), expected)
 
 
-@pytest.mark.parametrize("config", [PIBiNNQATConfig(BlockDiagonal(4)), PIBiNNWeightOnlyConfig(BlockDiagonal(4))])
-def test_trap_config_reused_on_a_second_model_does_not_tie_their_scales(config, batch):
-    one, other = float_model(0), float_model(1)
-    with torch.no_grad():
-        other[0].weight.mul_(10)
-    alone = copy.deepcopy(other)
-    quantize_(alone, config)
+def test_trap_a_config_reused_after_training_leaves_the_trained_network_alone(batch):
+    config, trained, other = PIBiNNQATConfig(BlockDiagonal(4)), float_model(0), float_model(1)
+    quantize_(trained, config)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.5)
+    trained(batch).square().mean().backward()
+    optimizer.step()
+    expected = trained(batch)
+    quantize_(other, config)
+    assert torch.equal(trained(batch), expected)
+    assert global_scale(other) is not global_scale(trained)
+    global_scale(other).set(9.0)
+    assert torch.equal(trained(batch), expected)
+
+
+def test_trap_a_config_that_two_networks_share_is_noticed():
+    """A handler meets layers, not models: it cannot know that the second network is another one."""
+    config, one, other = PIBiNNQATConfig(BlockDiagonal(4)), float_model(0), float_model(1)
     quantize_(one, config)
     quantize_(other, config)
-    expected = other(batch)
-    assert torch.equal(expected, alone(batch))
-    if isinstance(config, PIBiNNQATConfig):
-        global_scale(one).set(9.0)
-    else:
-        one[0].weight.scale.fill_(9.0)
-    assert torch.equal(other(batch), expected)
+    with pytest.raises(ScaleError, match="no global scale"):
+        global_scale(other)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_trap_quantize_called_on_each_layer(together, batch, tmp_path):
+    """As Hugging Face's ``TorchAoConfig`` does: one λ with one config, several with several, and never in silence."""
+    model, config = float_model(), PIBiNNQATConfig(BlockDiagonal(4))
+    for layer in (model[0], model[2][0], model[2][1]):
+        quantize_(layer, config if together else PIBiNNQATConfig(BlockDiagonal(4)))
+    assert summary(model).scale_bytes == (4 if together else 12)
+    if together:
+        assert global_scale(model).value.numel() == 1
+        expected = model(batch)
+        quantize_(model, QATConfig(PIBiNNWeightOnlyConfig(), step="convert"))
+        torch.testing.assert_close(load(save(model, tmp_path / "net"), into=float_model(1))(batch), expected)
+        return
+    for call in (global_scale, convert):
+        with pytest.raises(ScaleError, match="3 global scales"):
+            call(model)
+    quantize_(model, QATConfig(PIBiNNWeightOnlyConfig(), step="convert"))
+    assert summary(model).scale_bytes == 12
+    with pytest.raises(ScaleError, match="3 global scales"):
+        save(model, tmp_path / "net")
+
+
+def test_trap_a_packed_state_dict_loads_strictly_into_a_fresh_model(batch):
+    model = packed_model()
+    fresh = float_model(1)
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert torch.equal(fresh(batch), model(batch))
+
+
+def test_a_packed_tensor_is_read_as_w_by_any_operator():
+    model = packed_model()
+    weight = model[0].weight
+    dense = weight.dequantize()
+    x, bias = torch.randn(3, 8), torch.randn(8)
+    assert torch.equal(F.linear(x, weight.t()), F.linear(x, dense.t()))
+    assert torch.equal(torch.addmm(bias, x, weight), torch.addmm(bias, x, dense))
+    assert torch.equal(weight[1:3], dense[1:3])
+    assert torch.equal((weight * 2).sum(0), (dense * 2).sum(0))
+    assert torch.equal(torch.einsum("bi,oi->bo", x, weight), torch.einsum("bi,oi->bo", x, dense))
+    with pytest.raises(PIBiNNError, match="read only"):
+        weight.mul_(2)
+
+
+def test_a_copy_of_a_packed_tensor_shares_nothing():
+    weight = packed_model()[0].weight.detach()
+    clone = weight.to(torch.float32, copy=True)
+    clone.bits.zero_()
+    clone.scale.zero_()
+    assert weight.dequantize().abs().max() > 0
 
 
 def test_trap_qat_config_convert_packs_bit_for_bit(batch):
@@ -171,28 +243,43 @@ def test_post_training_quantization_of_layers_with_a_single_magnitude():
     assert model[0].weight.scale.item() == model[1].weight.scale.item() == pytest.approx(1.0)
 
 
-def test_layers_with_another_scale_cannot_join_a_trained_network():
+def test_layers_with_another_scale_do_not_join_a_trained_network_in_silence(tmp_path):
     model = packed_model()
-    with_float_layer = nn.Sequential(model, nn.Linear(4, 4))
     before = model[0].weight.scale.clone()
-    with pytest.raises(ScaleError, match="one; prepare and train its layers together"):
-        quantize_(with_float_layer, PIBiNNWeightOnlyConfig())
+    with_float_layer = nn.Sequential(model, nn.Linear(4, 4))
+    quantize_(with_float_layer, PIBiNNWeightOnlyConfig())
     assert torch.equal(model[0].weight.scale, before)
-    loaded = float_model()
-    loaded.load_state_dict(copy.deepcopy(model).state_dict(), strict=False, assign=True)
-    with pytest.raises(ScaleError, match="one; prepare and train its layers together"):
-        quantize_(nn.Sequential(loaded, nn.Linear(4, 4)), PIBiNNWeightOnlyConfig())
+    assert summary(with_float_layer).scale_bytes == 8
+    with pytest.raises(ScaleError, match="2 global scales"):
+        save(with_float_layer, tmp_path / "net")
 
 
-def test_post_training_quantization_in_two_calls_has_one_scale():
-    model, once = float_model(), float_model()
+def test_post_training_quantization_in_two_calls_of_one_config_has_one_scale():
+    model, once, config = float_model(), float_model(), PIBiNNWeightOnlyConfig()
     quantize_(once, PIBiNNWeightOnlyConfig())
-    quantize_(model, PIBiNNWeightOnlyConfig(), lambda module, name: name in ("0", "2.0"))
-    model = copy.deepcopy(model)
-    quantize_(model, PIBiNNWeightOnlyConfig())
+    quantize_(model, config, lambda module, name: name in ("0", "2.0"))
+    quantize_(model, config)
     for one in (model, once):
         assert one[0].weight.scale.item() == one[2][0].weight.scale.item() == one[2][1].weight.scale.item()
     torch.testing.assert_close(model[0].weight.scale, once[0].weight.scale)
+
+
+def test_a_trained_weight_that_was_changed_before_it_is_packed_is_refused():
+    model = trained()
+    quantize_(model, QATConfig(step="convert"))  # float layers of λ · sign(V) ⊙ M
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    with pytest.raises(PIBiNNError, match="changed since"):
+        quantize_(model, PIBiNNWeightOnlyConfig())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_training_and_evaluation_modes_survive(mode):
+    model = float_model().train(mode)
+    quantize_(model, PIBiNNQATConfig())
+    assert {module.training for module in model.modules()} == {mode}
+    quantize_(model, QATConfig(PIBiNNWeightOnlyConfig(), step="convert"))
+    assert {module.training for module in model.modules()} == {mode}
 
 
 def test_refusals_of_the_handlers():
@@ -209,13 +296,13 @@ def test_refusals_of_the_handlers():
     for config in (PIBiNNQATConfig(), PIBiNNWeightOnlyConfig()):
         with pytest.raises(TargetError, match="ReLU"):
             quantize_(nn.Sequential(nn.ReLU()), config, filter_fn=lambda module, name: isinstance(module, nn.ReLU))
-    with pytest.raises(TargetError, match="TransformerEncoderLayer"):
-        quantize_(nn.TransformerEncoderLayer(8, 2, 8), PIBiNNQATConfig(), lambda m, name: name == "linear1")
+    with pytest.raises(StructureError, match="prepared with"):
+        quantize_(prepared, PIBiNNQATConfig(Dense()))
 
 
 def test_convolutions_and_compact_layers():
     model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Flatten(), BlockDiagonalLinear(24, 8, 4), BandedLinear(8, 8, 1, 1))
-    layers = (nn.Conv1d, BlockDiagonalLinear, BandedLinear)
+    layers = (nn.Conv1d, CompactLinear)
     quantize_(model, PIBiNNQATConfig(), lambda module, name: isinstance(module, layers))
     input = torch.randn(2, 4, 8)
     expected = model(input)

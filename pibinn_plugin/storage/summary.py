@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from pibinn_plugin.errors import PIBiNNError
-from pibinn_plugin.inventory import float_tensors, one_bit_weights
-from pibinn_plugin.stored_structures import StoredStructures
+from pibinn_plugin.storage.inventory import float_tensors, stored_scale
+from pibinn_plugin.storage.stored_structures import StoredStructures
 from pibinn_plugin.structure import Structure
 from pibinn_plugin.tables import text_table
-
-SCALE_BYTES = 4  # λ is stored once, as float32
+from pibinn_plugin.weights import OneBitWeight, one_bit_weights, scale_values
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Summary:
     """Where the bytes of a network are. ``print(summary)`` shows one table; the sums are those of the packed file."""
 
     layers: tuple[LayerSummary, ...]
+    scale_bytes: int  # of λ, once; of all where layers that were packed apart have several
 
     @property
     def nnz(self) -> int:
@@ -63,11 +63,6 @@ class Summary:
     def structure_bytes(self) -> int:
         """Descriptions of the distinct structures."""
         return sum(layer.structure_bytes for layer in self.layers)
-
-    @property
-    def scale_bytes(self) -> int:
-        """λ, once."""
-        return SCALE_BYTES
 
     @property
     def float_bytes(self) -> int:
@@ -154,18 +149,25 @@ def summary(model: nn.Module) -> Summary:
         >>> report.payload_bytes, report.structure_bytes, report.scale_bytes, report.float_bytes
         (64, 6, 4, 256)
     """
-    weights = list(one_bit_weights(model))
+    weights = one_bit_weights(model)
     if not weights:
         raise PIBiNNError("the model has no one-bit weight; prepare it first")
     float_bytes: dict[str, int] = {}
-    for key, tensor in float_tensors(model).items():
-        module_name = key.rpartition(".")[0]
-        float_bytes[module_name] = float_bytes.get(module_name, 0) + tensor.numel() * tensor.element_size()
-    stored = StoredStructures.of(structure for _, structure, _ in weights)
+    for each in float_tensors(model):
+        module_name = each.keys[0].rpartition(".")[0]
+        size = each.tensor.numel() * each.tensor.element_size()
+        float_bytes[module_name] = float_bytes.get(module_name, 0) + size
+    stored = StoredStructures.of(weight.structure for weight in weights)
     lengths = dict(enumerate(stored.lengths))
     layers = []
-    for (name, structure, shape), number in zip(weights, stored.numbers, strict=True):
-        in_structure, own_float_bytes = lengths.pop(number, 0), float_bytes.pop(name.rpartition(".")[0], 0)
-        layers.append(LayerSummary(name, tuple(shape), structure, structure.nnz(shape), in_structure, own_float_bytes))
+    for weight, number in zip(weights, stored.numbers, strict=True):
+        in_structure, own_float_bytes = lengths.pop(number, 0), float_bytes.pop(weight.name.rpartition(".")[0], 0)
+        nnz = weight.structure.nnz(weight.shape)
+        layers.append(LayerSummary(weight.name, weight.shape, weight.structure, nnz, in_structure, own_float_bytes))
     layers += [LayerSummary(name or "(root)", float_bytes=count) for name, count in float_bytes.items()]
-    return Summary(tuple(layers))
+    return Summary(tuple(layers), sum(stored_scale(value).nbytes for value in _scales(weights)))
+
+
+def _scales(weights: list[OneBitWeight]) -> list[float]:
+    on_meta = any(weight.tensor.device.type == "meta" for weight in weights)
+    return [1.0] if on_meta else scale_values(weights)

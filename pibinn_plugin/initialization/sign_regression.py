@@ -1,7 +1,7 @@
 """Regression of outputs on inputs with one-bit weights: ``Y ≈ λ (S ⊙ M) X`` for signs S inside a structure M.
 
 Three solutions of one least-squares problem: `ridge_weights` (float), `box_weights` (float, ``|V| ≤ λ``) and, from its
-signs, `one_bit_weights` (signs and λ). They see pairs through `PairStatistics` only: Gram matrices of the structural
+signs, `one_bit_start` (signs and λ). They see pairs through `PairStatistics` only: Gram matrices of the structural
 nonzeros, whose memory is that of the blocks of a structure, not of rows × columns.
 """
 
@@ -192,7 +192,7 @@ def box_weights(statistics: PairStatistics, scale: float | None = None) -> OneBi
 
 
 @torch.no_grad()
-def one_bit_weights(statistics: PairStatistics, scale: float | None = None) -> OneBitStart:
+def one_bit_start(statistics: PairStatistics, scale: float | None = None) -> OneBitStart:
     """Signs S and λ that make ``‖Y - λ (S ⊙ M) X‖²`` small, as latents ``S · max(|V|, 0.2 λ)`` in compact form.
 
     S is the sign of the box solution V after up to 60 rounds of greedy descent, each of which flips in every row the
@@ -213,7 +213,7 @@ def one_bit_weights(statistics: PairStatistics, scale: float | None = None) -> O
         >>> inputs = torch.randn(50, 8)
         >>> statistics = PairStatistics(BlockDiagonal(2), (6, 8))
         >>> statistics.add(inputs, BlockDiagonal(2).linear(inputs, operator, (6, 8)))
-        >>> start = one_bit_weights(statistics)
+        >>> start = one_bit_start(statistics)
         >>> torch.equal(start.latent.sign(), operator.sign()), round(start.scale, 3)
         (True, 0.5)
     """

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from pibinn_plugin.errors import PIBiNNError, StructureError, TargetError
-from pibinn_plugin.quantizer import initial_scale
-from pibinn_plugin.sharding import assign
-from pibinn_plugin.sign_regression import (
+from pibinn_plugin.initialization.sign_regression import (
     OneBitStart,
     PairStatistics,
     box_weights,
     one_bit_latent,
-    one_bit_weights,
+    one_bit_start,
     ridge_weights,
 )
+from pibinn_plugin.quantizer import initial_scale
+from pibinn_plugin.sharding import assign
 from pibinn_plugin.structure import Shape, Structure
 from pibinn_plugin.structure.base import matrix_shape
 from pibinn_plugin.targets import Targets, resolve_targets
-from pibinn_plugin.workflow import QuantizedWeight, global_scale, quantized_weights
+from pibinn_plugin.weights import OneBitWeight, global_scale, quantized_weights
 
 _PROBES = 256  # unit vectors given to an operator at a time
 
@@ -42,7 +42,7 @@ class Initialization(Protocol):
 
 
 class SignsFromPairs:
-    """Start one-bit weights at the signs and the λ that map inputs to outputs best: see `one_bit_weights`.
+    """Start one-bit weights at the signs and the λ that map inputs to outputs best: see `one_bit_start`.
 
     For a weight that stands for a physical operator, pairs are (unknowns, measurements). Every weight that is named
     gets the same start; λ is that of the whole network, so weights that are not named keep their signs and get it too.
@@ -116,7 +116,7 @@ class SignsFromPairs:
             statistics.add(inputs, outputs)
         if sum_over_ranks is not None:
             statistics.reduce(sum_over_ranks)
-        _start(model, weights, one_bit_weights(statistics, self.scale))
+        _start(model, weights, one_bit_start(statistics, self.scale))
 
 
 class SignsFromOperator:
@@ -204,7 +204,7 @@ def start_float_weights(
         model: one that is not prepared, changed in place.
         targets: pattern of parameter names to structure, see `resolve_targets`; all of one structure and shape.
         pairs: batches of inputs (pairs, columns) and outputs (pairs, rows) of the weight.
-        solution: of one least-squares problem: `ridge_weights`, `box_weights`, or the latents of `one_bit_weights`.
+        solution: of one least-squares problem: `ridge_weights`, `box_weights`, or the latents of `one_bit_start`.
         scale: λ of the last two, where it is known; estimated unless given.
 
     Raises:
@@ -226,7 +226,7 @@ def start_float_weights(
     if solution == "ridge":
         weight = ridge_weights(statistics)
     elif solution in ("box", "one_bit"):
-        weight = (box_weights if solution == "box" else one_bit_weights)(statistics, scale).latent
+        weight = (box_weights if solution == "box" else one_bit_start)(statistics, scale).latent
     else:
         raise PIBiNNError(f"unknown solution {solution!r}; expected 'ridge', 'box' or 'one_bit'")
     for target in found:
@@ -250,18 +250,16 @@ def _linear_map(operator: Any, adjoint: bool, rows: int, columns: int) -> Callab
     return apply
 
 
-def _named_weights(model: nn.Module, pattern: str) -> list[QuantizedWeight]:
-    weights = list(quantized_weights(model))
+def _named_weights(model: nn.Module, pattern: str) -> list[OneBitWeight]:
+    weights = quantized_weights(model)
     if not (named := [weight for weight in weights if fnmatchcase(weight.name, pattern)]):
         names = [weight.name for weight in weights]
         raise TargetError(f"{pattern!r} names no weight of the prepared model; there are {names[:8]}")
     return named
 
 
-def _common_structure(weights: Sequence[QuantizedWeight]) -> tuple[Structure, Shape]:
-    return _one_of(
-        [(weight.quantizer.structure, weight.quantizer.shape) for weight in weights], [each.name for each in weights]
-    )
+def _common_structure(weights: Sequence[OneBitWeight]) -> tuple[Structure, Shape]:
+    return _one_of([(weight.structure, weight.shape) for weight in weights], [each.name for each in weights])
 
 
 def _one_of(found: Sequence[tuple[Structure, Shape]], names: Sequence[str]) -> tuple[Structure, Shape]:
@@ -287,9 +285,8 @@ def _entry(batch: Any, key: int | str, role: str) -> Tensor:
     return entry
 
 
-def _start(model: nn.Module, weights: Sequence[QuantizedWeight], start: OneBitStart) -> None:
+def _start(model: nn.Module, weights: Sequence[OneBitWeight], start: OneBitStart) -> None:
     for weight in weights:
-        quantizer = weight.quantizer
-        latent = start.latent if quantizer.compact else quantizer.structure.to_dense(start.latent, quantizer.shape)
+        latent = start.latent if weight.compact else weight.structure.to_dense(start.latent, weight.shape)
         assign(weight.latent, latent)
     global_scale(model).set(start.scale)

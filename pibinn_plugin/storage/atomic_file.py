@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A hidden file beside ``path`` to write to: it takes the place of ``path`` when the block ends, if it ends well.
+
+    A symbolic link stays one: the file that it points to is replaced.
 
     Raises:
         OSError: the file system refuses. What was at ``path`` is still there.
@@ -21,10 +25,16 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         >>> [path.name for path in tmp_path.iterdir()]
         ['notes.txt']
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    path = Path(os.path.realpath(path))
+    # A name of its own, for two that write to one path at a time; short, for names near the limit of the file system.
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
+        partial.touch()
+        mode = (
+            (path if path.exists() else partial).stat().st_mode
+        )  # some writers make files that only their owner reads
         yield partial
+        os.chmod(partial, stat.S_IMODE(mode))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

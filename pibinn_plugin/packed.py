@@ -1,0 +1,241 @@
+"""The packed form of any module: bits in the place of a weight, unpacked whenever the weight is read.
+
+The module stays the object that it was, with its class, attributes and hooks; ``module.weight`` is still W. That is all
+a packed network needs. `multiply_bits` is put on last, where a layer is exactly a stock one: it then multiplies its
+bits as they are, the same values faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from typing_extensions import override
+
+from pibinn_plugin import native_kernel
+from pibinn_plugin.errors import PIBiNNError
+from pibinn_plugin.functional import packed_linear, packed_linear_adjoint, packed_linear_int8
+from pibinn_plugin.native_kernel import Layout
+from pibinn_plugin.nn import CompactLinear
+from pibinn_plugin.packing import PackedSigns
+from pibinn_plugin.parametrized import parametrize_by, set_class_before
+from pibinn_plugin.quantizer import GlobalScale, OneBitRule, check_scale
+from pibinn_plugin.structure import BlockDiagonal
+
+
+class UnpackSigns(OneBitRule):
+    """A torch parametrization whose original is the packed signs and whose value is the weight ``λ · S ⊙ M``.
+
+    Args:
+        scale: the network's λ.
+        packed: the weight.
+        compact: True where the parameter is the compact form.
+        dtype: of the weight; it follows the module to another one.
+
+    Raises:
+        ScaleError: λ is no positive finite number in this dtype.
+    """
+
+    def __init__(self, scale: GlobalScale, packed: PackedSigns, compact: bool, dtype: torch.dtype) -> None:
+        super().__init__(scale, packed.structure, packed.shape, compact)
+        if scale.value.device.type != "meta":
+            check_scale(scale().item(), dtype)
+        self.dtype = dtype
+
+    @override
+    def forward(self, bits: Tensor) -> Tensor:
+        return PackedSigns(bits, self.structure, self.shape).weight(self.scale(), self.compact, self.dtype)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnpackSigns:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.value.device)).dtype
+        return self
+
+
+def read_from_bits(module: nn.Module, name: str, unpack: UnpackSigns, bits: Tensor) -> None:
+    """Let ``module.<name>`` be read from packed bits, in place; what it was before is dropped.
+
+    Where the parameter is parametrized already, its later parametrizations stay on top.
+    """
+    if parametrize.is_parametrized(module, name):
+        # Not remove_parametrizations: it edits the class, which a deepcopy shares with the model it was copied from.
+        chain: Any = module.parametrizations[name]  # type: ignore[index]
+        del chain.original
+        chain.register_buffer("original", bits)
+        chain[0] = unpack
+        unpack.is_attached = True
+    else:
+        delattr(module, name)
+        module.register_buffer(name, bits)
+        # unsafe: bytes go in and floating-point weights come out.
+        parametrize_by(module, name, unpack, unsafe=True)
+
+
+class _MultipliesBits(nn.Module):
+    """A linear layer whose product is that of its packed bits; with anything attached to the weight, that of W."""
+
+    int8_activations = False  # how the layer runs, not what it is: in no state dict or file
+    _layout: Layout | None
+
+    @property
+    def packed_signs(self) -> PackedSigns:
+        """The packed weight."""
+        rule = self._rule
+        return PackedSigns(self.bits, rule.structure, rule.shape)
+
+    @property
+    def bits(self) -> Tensor:
+        """The packed signs, uint8 of shape ``(bytes,)``."""
+        return self.parametrizations.weight.original  # type: ignore[union-attr,return-value]
+
+    @property
+    def _rule(self) -> UnpackSigns:
+        return self.parametrizations.weight[0]  # type: ignore[union-attr,index,return-value]
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        chain = self._plain_chain()
+        if chain is None:
+            return super().forward(input)
+        bias: Any = self.bias
+        if self.int8_activations:
+            return self._product(packed_linear_int8, input, bias)
+        is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        if is_plain and self._layout is not None and "bias" in self._parameters:
+            output = self._fused(chain, input, self._layout, self._parameters["bias"], False)
+            if output is not None:
+                return output
+        return self._product(packed_linear, input, bias)
+
+    def adjoint(self, input: Tensor) -> Tensor:
+        """``λ (S ⊙ M)ᵀ y``: input ``(..., rows)``, output ``(..., columns)``."""
+        chain = self._plain_chain()
+        if chain is None:
+            raise PIBiNNError("the weight of this layer is parametrized beyond its packed signs: multiply by weight.mT")
+        if self._layout is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            output = self._fused(chain, input, self._layout, None, True)
+            if output is not None:
+                return output
+        rule = self._rule
+        return packed_linear_adjoint(input, self.bits, rule.scale(), rule.structure, rule.shape)
+
+    def stays_packed(self, input: Tensor) -> bool:
+        """Whether products with this input multiply packed signs; elsewhere they unpack the weight, each time."""
+        rule = self._rule
+        can_run = native_kernel.can_run(input, self.bits, rule.scale.value, None)
+        has_layout = native_kernel.layout_of(rule.structure, rule.shape) is not None
+        return self._plain_chain() is not None and can_run and has_layout
+
+    def _plain_chain(self) -> Any:
+        """The parametrization of the weight, where it is its packed signs and nothing else."""
+        # Dictionaries, not attributes: nn.Module looks those up in Python, longer than a small product takes.
+        parametrizations = self._modules.get("parametrizations")
+        if parametrizations is None or len(parametrizations._modules) != 1:
+            return None
+        chain = parametrizations._modules.get("weight")
+        return chain if chain is not None and len(chain._modules) == 1 else None
+
+    def _product(self, product: Any, input: Tensor, bias: Tensor | None) -> Tensor:
+        rule = self._rule
+        return product(input, self.bits, rule.scale(), rule.structure, rule.shape, bias)
+
+    def _fused(self, chain: Any, input: Tensor, layout: Layout, bias: Tensor | None, transposed: bool) -> Tensor | None:
+        """One call of the kernel, λ's parameter and the bias with it; None where the kernel cannot run.
+
+        More Python than this takes more time than a small product.
+        """
+        bits = chain._buffers["original"]
+        scale = chain._modules["0"]._scale[0].value
+        if not native_kernel.can_run(input, bits, scale, bias):
+            return None
+        rows, columns = layout
+        kind = type(rows)
+        if kind is Tensor:
+            rows, columns = native_kernel.as_arguments(layout, input)
+        return native_kernel.FUSED[kind](input, bits, scale, rows, columns, bias, transposed)
+
+
+class PackedLinear(_MultipliesBits, nn.Linear):
+    """``nn.Linear`` on packed signs: ``y = λ (S ⊙ M) x + b``, input ``(..., columns)``, output ``(..., rows)``."""
+
+
+class PackedCompactLinear(_MultipliesBits, CompactLinear):
+    """`CompactLinear` on packed signs."""
+
+
+_PACKED_LAYERS: dict[type[nn.Module], type[_MultipliesBits]] = {
+    nn.Linear: PackedLinear,
+    CompactLinear: PackedCompactLinear,
+}
+
+
+def multiply_bits(module: nn.Module) -> None:
+    """Let a layer whose weight is packed multiply its bits directly, where it is exactly a stock linear layer.
+
+    That is: of the very class, with nothing attached. Whatever else a module does, it goes on doing with the weight.
+    """
+    packed_layer = _PACKED_LAYERS.get(parametrize.type_before_parametrizations(module))
+    if packed_layer is None or _has_attachments(module):
+        return
+    set_class_before(module, packed_layer)
+    layer: Any = module
+    structure = layer._rule.structure
+    is_permuted = isinstance(structure, BlockDiagonal) and structure.row_order is not None
+    layer._layout = None if is_permuted else native_kernel.layout_of(structure, layer._rule.shape)
+
+
+def stop_multiplying_bits(module: nn.Module) -> bool:
+    """Undo `multiply_bits`: the layer has its stock class again. Returns whether it multiplied its bits."""
+    packed_layer = parametrize.type_before_parametrizations(module)
+    if not issubclass(packed_layer, _MultipliesBits):
+        return False
+    set_class_before(module, packed_layer.__bases__[1])
+    vars(module).pop("_layout")
+    vars(module).pop("int8_activations", None)
+    return True
+
+
+def _has_attachments(module: Any) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    chains = getattr(module, "parametrizations", {})
+    return any(hooks) or "forward" in vars(module) or len(chains) != 1 or len(chains["weight"]) != 1
+
+
+def use_int8_activations(model: nn.Module, enabled: bool = True) -> None:
+    """Have every `PackedLinear` of a model round its input to int8, with a scale for each sample, or stop doing so.
+
+    Inference alone, and less than exact: `functional.packed_linear_int8` has the formula and bounds of the error.
+    Adjoints, convolutions and weights that are unpacked in front of their module stay exact. It is a choice of how a
+    model runs: files, state dicts and what `export` writes know nothing of it.
+
+    Args:
+        model: what ``convert`` returned; changed in place.
+        enabled: False brings the exact products back.
+
+    Raises:
+        PIBiNNError: the model has no layer that multiplies its bits.
+
+    Example:
+        >>> import pibinn_plugin as pb
+        >>> model = pb.convert(pb.prepare(nn.Sequential(nn.Linear(16, 8)), {"0.weight": None}))
+        >>> use_int8_activations(model)
+        >>> with torch.no_grad():
+        ...     model(torch.randn(3, 16)).shape
+        torch.Size([3, 8])
+    """
+    layers = [module for module in model.modules() if isinstance(module, _MultipliesBits)]
+    if not layers:
+        raise PIBiNNError("the model has no PackedLinear, which alone has int8 activations; did you convert it?")
+    for layer in layers:
+        layer.int8_activations = enabled
+
+
+def packed_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, UnpackSigns]]:
+    """Name, bits and rule of each parameter of a module that is read from packed bits."""
+    for name, chain in getattr(module, "parametrizations", {}).items():
+        if isinstance(unpack := chain[0], UnpackSigns):
+            yield name, chain.original, unpack
