@@ -96,21 +96,6 @@ def test_any_strides_give_what_contiguous_inputs_give(dtype):
             assert torch.equal(layer(x), layer(x.contiguous()))
 
 
-@pytest.mark.parametrize(("structure", "shape"), [(pb.BlockDiagonal(4), (64, 128)), (pb.Dense(), (700, 90))])
-def test_threads_change_nothing(structure, shape):
-    layer, x = packed_layer(structure, shape), torch.randn(300, shape[1])
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            with torch.no_grad():
-                results.append(layer(x))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(*results)
-
-
 # ------------------------------------------------------------------------------------------------- never out of date
 
 

@@ -110,22 +110,6 @@ def test_gradients_are_those_of_the_dense_product(case):
     torch.testing.assert_close(packed, dense, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_threads_change_nothing(transposed):
-    structure = pb.Mask(torch.rand(300, 200) < torch.linspace(0, 0.6, 300)[:, None])  # enough for threads to share
-    layer, threads = packed_layer(structure, (300, 200)), torch.get_num_threads()
-    for samples in (70, 150):
-        x, results = torch.randn(samples, 300 if transposed else 200), []
-        try:
-            for count in (1, 2, 7):
-                torch.set_num_threads(count)
-                with torch.no_grad():
-                    results.append(layer.adjoint(x) if transposed else layer(x))
-        finally:
-            torch.set_num_threads(threads)
-        assert all(torch.equal(results[0], result) for result in results)
-
-
 # ------------------------------------------------------------------------------------ derived, and never out of date
 
 
