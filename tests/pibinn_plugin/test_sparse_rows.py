@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_layers import packed_layer
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 import pibinn_plugin as pb
 from pibinn_plugin.functional import kernel, packed_linear, packed_linear_adjoint
-from pibinn_plugin.nn import PackedLinear
 from pibinn_plugin.packing import PackedSigns
-from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.structure.sparse_rows import sparse_rows
 
 needs_kernel = pytest.mark.skipif(kernel() == "torch", reason="the native kernel was not built, or is switched off")
@@ -28,11 +27,6 @@ PATTERN[3:30] = torch.rand(27, 70, generator=torch.Generator().manual_seed(0)) <
 def cases():
     """A new structure each time, without what the last test left on it."""
     return [(pb.Mask(PATTERN), (40, 70)), (pb.Banded(2, 9), (40, 70)), (pb.Banded(5, 0), (9, 6))]
-
-
-def packed_layer(structure, shape, bias=True):
-    packed = PackedSigns.pack(torch.randn(shape), structure, shape)
-    return PackedLinear(packed, GlobalScale(0.5), torch.randn(shape[0]) if bias else None, compact=False)
 
 
 @st.composite

@@ -1,0 +1,22 @@
+"""Packed layers for the tests of the kernel."""
+
+import torch
+
+import pibinn_plugin as pb
+from pibinn_plugin.nn import PackedLinear
+from pibinn_plugin.packing import PackedSigns
+from pibinn_plugin.quantizer import GlobalScale
+
+BLOCKS = [
+    (pb.Dense(), (5, 40)),
+    (pb.BlockDiagonal(3), (21, 36)),
+    (pb.BlockDiagonal(rows=(1, 0, 9), columns=(5, 2, 33)), (10, 40)),
+    (pb.BlockDiagonal(2, row_order=(3, 0, 2, 1), column_order=(1, 0, 3, 2)), (4, 4)),
+]
+OTHERS = [(pb.Banded(1, 2), (4, 6)), (pb.Mask([[1, 0, 1], [0, 1, 1]]), (2, 3))]
+
+
+def packed_layer(structure, shape, bias=True):
+    """A layer of random signs, with λ = 0.5."""
+    packed = PackedSigns.pack(torch.randn(shape), structure, shape)
+    return PackedLinear(packed, GlobalScale(0.5), torch.randn(shape[0]) if bias else None, compact=False)
