@@ -132,7 +132,7 @@ void check_bits(const Handle& bits, int64_t weights) {
   const int64_t bytes = weights / 8 + (weights % 8 != 0);
   STD_TORCH_CHECK(dtype_of(bits) == aoti_torch_dtype_uint8() && given.is_contiguous() && given.count == 1 &&
                       given.sizes[0] == bytes,
-                  "pibinn: expected the bits of ", weights, " weights, as many as the input and the sizes make: uint8, ",
+                  "pibinn: expected the bits of ", weights, " weights, which the input and the sizes make: uint8, ",
                   "contiguous, of shape (", bytes, ",)");
 }
 
@@ -230,11 +230,16 @@ std::vector<Block> take_uneven_blocks(const Handle& bits, StableIValue rows_valu
   return uneven_blocks(rows, columns, transposed);
 }
 
-// Whether all numbers lie in 0 ... end - 1: seen without a sign, negative ones are the largest.
+// Whether all numbers lie in 0 ... end - 1, for an end of at least 1. The sign bits of each number and of its distance
+// to the last one are gathered: without a branch, and in vectors on every processor.
 bool are_below(const int32_t* numbers, int64_t count, int64_t end) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < count; i++) largest = std::max(largest, static_cast<uint32_t>(numbers[i]));
-  return count == 0 || largest < end;
+  const uint32_t last = static_cast<uint32_t>(std::min<int64_t>(end - 1, INT32_MAX));
+  uint32_t signs = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t number = static_cast<uint32_t>(numbers[i]);
+    signs |= number | (last - number);
+  }
+  return signs <= INT32_MAX;
 }
 
 // Looks at every number of an index, which takes a tenth to a fifth of the time of a product with one sample.
@@ -296,7 +301,8 @@ void packed_linear_int8(StableIValue* stack, uint64_t, uint64_t) {
   const Handle bits = take_tensor(stack[1]), scale = take_tensor(stack[2]), activation_scales = take_tensor(stack[3]);
   const Handle bias = take_optional_tensor(stack[6]);
   const auto blocks =
-      Even ? take_even_blocks(input, bits, stack[4], stack[5], false) : take_uneven_blocks(bits, stack[4], stack[5], false);
+      Even ? take_even_blocks(input, bits, stack[4], stack[5], false)
+           : take_uneven_blocks(bits, stack[4], stack[5], false);
   stack[0] =
       stable::detail::from(product(std::move(input), bits, scale, activation_scales, bias, blocks, false, false));
 }
@@ -325,10 +331,10 @@ void sign_product_sparse(StableIValue* stack, uint64_t, uint64_t) {
 
 // packed_linear has the scale and the bias in it and no gradient; sign_product is linear and has one, given in Python.
 // packed_linear_int8 rounds each sample to int8 multiples of its activation scale; its scale is a signed one.
-// Rows and columns are those of each block; index and shape are those of a matrix of any pattern. Unchecked: the numbers
-// of the index are taken to lie within the matrix, as they do where sparse_rows made it. An unsigned scale is what
-// GlobalScale makes of its parameter. What has a default is last: each argument that a call passes costs as much as
-// a hundred multiply-adds.
+// Rows and columns are those of each block; index and shape are those of a matrix of any pattern. Unchecked: the
+// numbers of the index are taken to lie within the matrix, as they do where sparse_rows made it. An unsigned scale is
+// what GlobalScale makes of its parameter. What has a default is last: each argument that a call passes costs as much
+// as a hundred multiply-adds.
 STABLE_TORCH_LIBRARY(pibinn, m) {
   m.def(
       "packed_linear(Tensor input, Tensor bits, Tensor scale, int rows, int columns, Tensor? bias=None, "
