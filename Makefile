@@ -4,13 +4,24 @@ PYTHON ?= python3
 EXTRAS := torchao,brevitas,lightning,export,plot,dev
 ENVIRONMENT := .venv/environment.stamp
 
-.PHONY: demo test lint types clean
+# The tests whose results depend on the path of the kernel, and all paths, best first.
+KERNEL_TESTS := $(addprefix tests/pibinn_plugin/test_,kernel_values.py kernel_threads.py kernel_arguments.py int8_activations.py)
+OTHER_PATHS := from pibinn_plugin.functional import kernel; \
+	paths = ["avx512", "avx2", "portable", "torch"]; print(*paths[paths.index(kernel()) + 1 :])
+
+.PHONY: demo test test-paths lint types clean
 
 demo: $(ENVIRONMENT)
 	.venv/bin/python -m lightning_modules.demo
 
 test: $(ENVIRONMENT)
 	@.venv/bin/python -m pytest
+
+# On each path that the machine has, but the best one, which `make test` runs.
+test-paths: $(ENVIRONMENT)
+	@set -e; paths=$$(.venv/bin/python -c '$(OTHER_PATHS)'); for path in $$paths; do \
+		echo "PIBINN_KERNEL=$$path"; PIBINN_KERNEL=$$path .venv/bin/python -m pytest $(KERNEL_TESTS); \
+	done
 
 lint: $(ENVIRONMENT)
 	.venv/bin/ruff check

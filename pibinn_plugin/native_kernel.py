@@ -33,7 +33,7 @@ Blocks = tuple[int, int] | tuple[tuple[int, ...], tuple[int, ...]]
 # The same, or the index of `sparse_rows` and the shape of the matrix.
 Layout = Blocks | tuple[Tensor, tuple[int, int]]
 
-_INTERFACE = 3  # of the shared object; raised with every change of its operators
+_INTERFACE = 4  # of the shared object; raised with every change of its operators
 
 # Not a tensor subclass with products of its own. The latter two stand for tensors while a torchao weight is compiled.
 _KINDS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
@@ -166,7 +166,7 @@ def packed_linear_int8(
 
 def _register() -> None:
     """What traces, compiles and differentiates: the shapes of results, and the gradient, which is the transpose."""
-    for name in ("", ".uneven", ".sparse"):
+    for name in ("", ".uneven", ".sparse", ".sparse_unchecked"):
         torch.library.register_fake(f"pibinn::packed_linear{name}", _fake_packed_linear)
         torch.library.register_fake(f"pibinn::sign_product{name}", _fake_sign_product)
         torch.library.register_autograd(f"pibinn::sign_product{name}", _backward, setup_context=_save)
@@ -226,14 +226,15 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, Non
 
 
 _KERNEL = _load()
-# The operators for equal blocks, for uneven ones and for an index, by the type of what is first in a `Layout`.
+# The operators for equal blocks, for uneven ones and for an index, by the type of what is first in a `Layout`. An index
+# of `sparse_rows` needs no check; ``sparse``, for an index of anybody's, looks at all of its numbers in each call.
 FUSED: dict[type, Any] = {}
 INT8: dict[type, Any] = {}
 PRODUCT: dict[type, Any] = {}
 if _KERNEL != "torch":
     _register()
     FUSED |= {int: torch.ops.pibinn.packed_linear.default, tuple: torch.ops.pibinn.packed_linear.uneven}
-    FUSED[Tensor] = torch.ops.pibinn.packed_linear.sparse
+    FUSED[Tensor] = torch.ops.pibinn.packed_linear.sparse_unchecked
     INT8 |= {int: torch.ops.pibinn.packed_linear_int8.default, tuple: torch.ops.pibinn.packed_linear_int8.uneven}
     PRODUCT |= {int: torch.ops.pibinn.sign_product.default, tuple: torch.ops.pibinn.sign_product.uneven}
-    PRODUCT[Tensor] = torch.ops.pibinn.sign_product.sparse
+    PRODUCT[Tensor] = torch.ops.pibinn.sign_product.sparse_unchecked

@@ -62,12 +62,14 @@ int64_t count_parts(const Problem& problem, const std::vector<Block>& blocks, co
   return panels * ((problem.samples + division.samples - 1) / division.samples);
 }
 
-// As large as the caches allow, and small enough for every thread to have its share.
+// As large as the caches allow, and small enough for every thread to have its share. Each part builds its tables anew,
+// which for 64 outputs costs as much as all lookups: parts are that small only where a thread would have none. Where a
+// part ends must not change a sum: samples are cut at multiples of 8 vectors, and a path chooses by block, not by part.
 Division divide(const Path& path, const Problem& problem, const std::vector<Block>& blocks, int64_t threads) {
   Division division;
   division.samples = 256;  // staged bits are used for so many
-  const int64_t least = 4 * threads;
-  while (threads > 1 && count_parts(problem, blocks, division) < least) {
+  const auto least = [&] { return division.outputs > 128 ? 4 * threads : threads; };
+  while (threads > 1 && count_parts(problem, blocks, division) < least()) {
     if (division.samples > 8 * path.lanes && division.samples >= problem.samples / threads) {
       division.samples /= 2;
     } else if (division.outputs > 64) {

@@ -86,26 +86,38 @@ Scalar scalar_of(int32_t dtype) {
   return Scalar::float16;
 }
 
-// λ, or what GlobalScale makes of its parameter: never negative, at least the smallest normal number of its dtype.
+// λ, or what GlobalScale makes of its parameter: never negative, at least the smallest (subnormal) number of its dtype.
 float value_of(const Handle& scale, bool absolute) {
-  const char* data = data_of(scale);
   const Dimensions dimensions(scale);
   STD_TORCH_CHECK(dimensions.count == 1 && dimensions.sizes[0] == 1, "pibinn: expected a scale of shape (1,)");
   const Scalar scalar = scalar_of(dtype_of(scale));
   float value;
-  read_floats(scalar, data, 0, 1, &value);
-  return absolute ? std::max(std::abs(value), scalar == Scalar::float16 ? 0x1p-14f : 0x1p-126f) : value;
+  read_floats(scalar, data_of(scale), 0, 1, &value);
+  const float smallest = scalar == Scalar::float16 ? 0x1p-24f : scalar == Scalar::bfloat16 ? 0x1p-133f : 0x1p-149f;
+  return absolute ? std::max(std::abs(value), smallest) : value;
 }
 
-// A weight, transposed or not: how many inputs, outputs and bits it has, and the most inputs that are summed.
+// For sizes that come from a caller: without an overflow.
+int64_t multiply(int64_t a, int64_t b) {
+  int64_t result;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &result), "pibinn: ", a, " times ", b, " does not fit 64 bits");
+  return result;
+}
+
+int64_t add(int64_t a, int64_t b) {
+  int64_t result;
+  STD_TORCH_CHECK(!__builtin_add_overflow(a, b, &result), "pibinn: ", a, " plus ", b, " does not fit 64 bits");
+  return result;
+}
+
+// A weight, transposed or not: how many inputs and outputs it has, and the most inputs that are summed.
 struct Weight {
-  int64_t inputs = 0, outputs = 0, bits = 0, most_inputs = 0;
+  int64_t inputs = 0, outputs = 0, most_inputs = 0;
 
   Weight(const std::vector<Block>& blocks, bool transposed) {
     for (const Block& block : blocks) {
       inputs += block.inputs(transposed);
       outputs += block.outputs(transposed);
-      bits += block.rows * block.columns;
       most_inputs = std::max(most_inputs, block.inputs(transposed));
     }
   }
@@ -113,55 +125,39 @@ struct Weight {
   Weight(const SparseRows& rows, bool transposed)
       : inputs(transposed ? rows.row_count : rows.column_count),
         outputs(transposed ? rows.column_count : rows.row_count),
-        bits(rows.starts[rows.row_count]),
         most_inputs(inputs) {}
 };
 
-// S x for the sign matrix of these blocks or rows, times the scale, plus the bias; null stands for 1 and 0. With
-// activation scales, one a sample, x is rounded to int8 multiples of them.
+void check_bits(const Handle& bits, int64_t weights) {
+  const Dimensions given(bits);
+  const int64_t bytes = weights / 8 + (weights % 8 != 0);
+  STD_TORCH_CHECK(dtype_of(bits) == aoti_torch_dtype_uint8() && given.is_contiguous() && given.count == 1 &&
+                      given.sizes[0] == bytes,
+                  "pibinn: expected the bits of ", weights, " weights, which the input and the sizes make: uint8, ",
+                  "contiguous, of shape (", bytes, ",)");
+}
+
+// S x for the sign matrix of these blocks or rows, whose bits were checked, times the scale, plus the bias; null stands
+// for 1 and 0. With activation scales, one a sample, x is rounded to int8 multiples of them.
 template <typename Layout>
 AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, const Handle& activation_scales,
                          const Handle& bias, const Layout& layout, bool transposed, bool absolute_scale) {
   const Weight weight(layout, transposed);
-  const int64_t inputs = weight.inputs, outputs = weight.outputs;
-  const Dimensions packed(bits);
-  STD_TORCH_CHECK(dtype_of(bits) == aoti_torch_dtype_uint8() && packed.is_contiguous() && packed.count == 1 &&
-                      packed.sizes[0] == (weight.bits + 7) / 8,
-                  "pibinn: an input of ", inputs, " features stands for ", weight.bits,
-                  " weights, which the bits are not");
   Dimensions given(input);
-  STD_TORCH_CHECK(given.count > 0 && given.sizes[given.count - 1] == inputs, "pibinn: expected an input of ", inputs,
-                  " features, got ", given.count ? given.sizes[given.count - 1] : 0);
-  if (!given.is_rows()) {
-    AtenTensorHandle copy;
-    check(aoti_torch_new_tensor_handle(stable::contiguous(stable::Tensor(input.release())).get(), &copy));
-    input.reset(copy);
-    given = Dimensions(input);
-  }
-
+  STD_TORCH_CHECK(given.count > 0 && given.sizes[given.count - 1] == weight.inputs, "pibinn: expected an input of ",
+                  weight.inputs, " features, got ", given.count ? given.sizes[given.count - 1] : 0);
   const int32_t dtype = dtype_of(input);
   std::vector<int64_t> sizes(given.sizes, given.sizes + given.count), strides(given.count);
-  sizes.back() = outputs;
-  int64_t elements = 1;
-  for (int64_t i = given.count - 1; i >= 0; i--) {
-    strides[i] = elements;
-    elements *= sizes[i];
-  }
-  AtenTensorHandle result;
-  check(aoti_torch_empty_strided(given.count, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &result));
-  Handle output(result);
-  if (elements == 0) return output.release();
+  sizes.back() = weight.outputs;
 
   Problem problem;
-  problem.bits = reinterpret_cast<const uint8_t*>(data_of(bits));
-  problem.bytes = packed.sizes[0];
-  problem.input = data_of(input);
-  problem.output = data_of(output);
-  problem.bias = nullptr;
   problem.scalar = scalar_of(dtype);
-  problem.samples = elements / outputs;
-  problem.input_stride = given.is_contiguous() ? inputs : given.strides[0];
-  problem.output_stride = outputs;
+  problem.samples = 1;
+  for (int64_t i = given.count - 1, stride = 1; i >= 0; i--) {
+    strides[i] = stride;
+    stride = multiply(stride, sizes[i]);
+    if (i < given.count - 1) problem.samples = multiply(problem.samples, sizes[i]);
+  }
   problem.scale = scale ? value_of(scale, absolute_scale) : 1.0f;
   problem.transposed = transposed;
   problem.activation_scales = nullptr;
@@ -175,36 +171,92 @@ AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, 
                     MOST_INT8_INPUTS, " columns in a block");
     problem.activation_scales = reinterpret_cast<const float*>(data_of(activation_scales));
   }
+  problem.bias = nullptr;
   if (bias) {
     const Dimensions shape(bias);
-    STD_TORCH_CHECK(dtype_of(bias) == dtype && shape.count == 1 && shape.sizes[0] == outputs && shape.is_contiguous(),
-                    "pibinn: expected a bias of shape (", outputs, ",), contiguous, of the dtype of the input");
+    STD_TORCH_CHECK(
+        dtype_of(bias) == dtype && shape.count == 1 && shape.sizes[0] == weight.outputs && shape.is_contiguous(),
+        "pibinn: expected a bias of shape (", weight.outputs, ",), contiguous, of the dtype of the input");
     problem.bias = data_of(bias);
   }
+
+  AtenTensorHandle result;
+  check(aoti_torch_empty_strided(given.count, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &result));
+  Handle output(result);
+  if (problem.samples == 0 || weight.outputs == 0) return output.release();
+  if (!given.is_rows()) {
+    AtenTensorHandle copy;
+    check(aoti_torch_new_tensor_handle(stable::contiguous(stable::Tensor(input.release())).get(), &copy));
+    input.reset(copy);
+    given = Dimensions(input);
+  }
+  problem.bits = reinterpret_cast<const uint8_t*>(data_of(bits));
+  problem.bytes = Dimensions(bits).sizes[0];
+  problem.input = data_of(input);
+  problem.output = data_of(output);
+  problem.input_stride = given.is_contiguous() ? weight.inputs : given.strides[0];
+  problem.output_stride = weight.outputs;
   compute(*chosen_path(), problem, layout);
   return output.release();
 }
 
-std::vector<Block> take_even_blocks(const Handle& input, StableIValue rows_value, StableIValue columns_value,
-                                    bool transposed) {
+std::vector<Block> take_even_blocks(const Handle& input, const Handle& bits, StableIValue rows_value,
+                                    StableIValue columns_value, bool transposed) {
   const int64_t rows = to<int64_t>(rows_value), columns = to<int64_t>(columns_value);
-  STD_TORCH_CHECK(rows > 0 && columns > 0, "pibinn: expected blocks of at least one row and one column");
+  STD_TORCH_CHECK(rows > 0 && columns > 0, "pibinn: expected blocks of at least one row and one column, got ", rows,
+                  " and ", columns);
   const Dimensions given(input);
   const int64_t features = given.count > 0 ? given.sizes[given.count - 1] : 0, inputs = transposed ? rows : columns;
   STD_TORCH_CHECK(features > 0 && features % inputs == 0, "pibinn: expected an input with a multiple of ", inputs,
                   " features, got ", features);
-  return even_blocks(features / inputs, rows, columns, transposed);
+  const int64_t count = features / inputs;
+  check_bits(bits, multiply(count, multiply(rows, columns)));  // before there is a block for each
+  return even_blocks(count, rows, columns, transposed);
 }
 
-std::vector<Block> take_uneven_blocks(StableIValue rows_value, StableIValue columns_value, bool transposed) {
+std::vector<Block> take_uneven_blocks(const Handle& bits, StableIValue rows_value, StableIValue columns_value,
+                                      bool transposed) {
   const auto rows = to<std::vector<int64_t>>(rows_value), columns = to<std::vector<int64_t>>(columns_value);
-  STD_TORCH_CHECK(rows.size() == columns.size(), "pibinn: expected as many rows as columns");
+  STD_TORCH_CHECK(rows.size() == columns.size(), "pibinn: expected as many rows as columns, got ", rows.size(), " and ",
+                  columns.size());
+  int64_t weights = 0, row_count = 0, column_count = 0;
+  for (size_t b = 0; b < rows.size(); b++) {
+    STD_TORCH_CHECK(rows[b] >= 0 && columns[b] >= 0, "pibinn: expected blocks of no negative size, got ", rows[b],
+                    " rows and ", columns[b], " columns");
+    weights = add(weights, multiply(rows[b], columns[b]));
+    row_count = add(row_count, rows[b]);
+    column_count = add(column_count, columns[b]);
+  }
+  check_bits(bits, weights);
   return uneven_blocks(rows, columns, transposed);
 }
 
-// The index is starts, columns and, unless bits lie by row, their order, one after the other. Its sizes are checked. That
-// its numbers lie within them is left to who makes it: to look at each of them takes as long as a product.
-SparseRows take_sparse_rows(const Handle& index, StableIValue shape_value) {
+// Whether all numbers lie in 0 ... end - 1, for an end of at least 1. The sign bits of each number and of its distance
+// to the last one are gathered: without a branch, and in vectors on every processor.
+bool are_below(const int32_t* numbers, int64_t count, int64_t end) {
+  const uint32_t last = static_cast<uint32_t>(std::min<int64_t>(end - 1, INT32_MAX));
+  uint32_t signs = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t number = static_cast<uint32_t>(numbers[i]);
+    signs |= number | (last - number);
+  }
+  return signs <= INT32_MAX;
+}
+
+// Looks at every number of an index, which takes a tenth to a fifth of the time of a product with one sample.
+void check_index(const SparseRows& rows) {
+  const int64_t nonzeros = rows.starts[rows.row_count];
+  STD_TORCH_CHECK(std::is_sorted(rows.starts, rows.starts + rows.row_count + 1),
+                  "pibinn: expected an index in which no row starts before the one before it");
+  STD_TORCH_CHECK(are_below(rows.columns, nonzeros, rows.column_count), "pibinn: expected an index of ",
+                  rows.column_count, " columns, got one that names others");
+  STD_TORCH_CHECK(!rows.order || are_below(rows.order, nonzeros, nonzeros), "pibinn: expected an index of ", nonzeros,
+                  " bits, got one that names others");
+}
+
+// The index is starts, columns and, unless bits lie by row, their order, one after the other.
+template <bool Checked>
+SparseRows take_sparse_rows(const Handle& bits, const Handle& index, StableIValue shape_value) {
   const auto shape = to<std::vector<int64_t>>(shape_value);
   const Dimensions given(index);
   STD_TORCH_CHECK(shape.size() == 2 && shape[0] > 0 && shape[1] > 0 && dtype_of(index) == aoti_torch_dtype_int32() &&
@@ -214,8 +266,11 @@ SparseRows take_sparse_rows(const Handle& index, StableIValue shape_value) {
   const int64_t nonzeros = starts[shape[0]], rest = given.sizes[0] - shape[0] - 1;
   STD_TORCH_CHECK(starts[0] == 0 && nonzeros > 0 && (rest == nonzeros || rest == 2 * nonzeros),
                   "pibinn: expected an index of ", shape[0], " rows, got one of another number");
+  check_bits(bits, nonzeros);
   const int32_t* columns = starts + shape[0] + 1;
-  return {starts, columns, rest == nonzeros ? nullptr : columns + nonzeros, shape[0], shape[1]};
+  const SparseRows rows{starts, columns, rest == nonzeros ? nullptr : columns + nonzeros, shape[0], shape[1]};
+  if (Checked) check_index(rows);
+  return rows;
 }
 
 // Every handle is taken before anything can throw: what is taken is also given back.
@@ -225,17 +280,18 @@ void packed_linear(StableIValue* stack, uint64_t, uint64_t) {
   Handle input = take_tensor(stack[0]);
   const Handle bits = take_tensor(stack[1]), scale = take_tensor(stack[2]), bias = take_optional_tensor(stack[5]);
   const bool transposed = to<bool>(stack[6]), signed_scale = to<bool>(stack[7]);
-  const auto blocks = Even ? take_even_blocks(input, stack[3], stack[4], transposed)
-                           : take_uneven_blocks(stack[3], stack[4], transposed);
+  const auto blocks = Even ? take_even_blocks(input, bits, stack[3], stack[4], transposed)
+                           : take_uneven_blocks(bits, stack[3], stack[4], transposed);
   stack[0] = stable::detail::from(product(std::move(input), bits, scale, nullptr, bias, blocks, transposed, !signed_scale));
 }
 
+template <bool Checked>
 void packed_linear_sparse(StableIValue* stack, uint64_t, uint64_t) {
   Handle input = take_tensor(stack[0]);
   const Handle bits = take_tensor(stack[1]), scale = take_tensor(stack[2]), index = take_tensor(stack[3]);
   const Handle bias = take_optional_tensor(stack[5]);
   const bool transposed = to<bool>(stack[6]), signed_scale = to<bool>(stack[7]);
-  const SparseRows rows = take_sparse_rows(index, stack[4]);
+  const SparseRows rows = take_sparse_rows<Checked>(bits, index, stack[4]);
   stack[0] =
       stable::detail::from(product(std::move(input), bits, scale, nullptr, bias, rows, transposed, !signed_scale));
 }
@@ -246,7 +302,8 @@ void packed_linear_int8(StableIValue* stack, uint64_t, uint64_t) {
   const Handle bits = take_tensor(stack[1]), scale = take_tensor(stack[2]), activation_scales = take_tensor(stack[3]);
   const Handle bias = take_optional_tensor(stack[6]);
   const auto blocks =
-      Even ? take_even_blocks(input, stack[4], stack[5], false) : take_uneven_blocks(stack[4], stack[5], false);
+      Even ? take_even_blocks(input, bits, stack[4], stack[5], false)
+           : take_uneven_blocks(bits, stack[4], stack[5], false);
   stack[0] =
       stable::detail::from(product(std::move(input), bits, scale, activation_scales, bias, blocks, false, false));
 }
@@ -256,16 +313,17 @@ void sign_product(StableIValue* stack, uint64_t, uint64_t) {
   Handle input = take_tensor(stack[0]);
   const Handle bits = take_tensor(stack[1]);
   const bool transposed = to<bool>(stack[4]);
-  const auto blocks = Even ? take_even_blocks(input, stack[2], stack[3], transposed)
-                           : take_uneven_blocks(stack[2], stack[3], transposed);
+  const auto blocks = Even ? take_even_blocks(input, bits, stack[2], stack[3], transposed)
+                           : take_uneven_blocks(bits, stack[2], stack[3], transposed);
   stack[0] = stable::detail::from(product(std::move(input), bits, nullptr, nullptr, nullptr, blocks, transposed, false));
 }
 
+template <bool Checked>
 void sign_product_sparse(StableIValue* stack, uint64_t, uint64_t) {
   Handle input = take_tensor(stack[0]);
   const Handle bits = take_tensor(stack[1]), index = take_tensor(stack[2]);
   const bool transposed = to<bool>(stack[4]);
-  const SparseRows rows = take_sparse_rows(index, stack[3]);
+  const SparseRows rows = take_sparse_rows<Checked>(bits, index, stack[3]);
   stack[0] = stable::detail::from(product(std::move(input), bits, nullptr, nullptr, nullptr, rows, transposed, false));
 }
 
@@ -274,9 +332,10 @@ void sign_product_sparse(StableIValue* stack, uint64_t, uint64_t) {
 
 // packed_linear has the scale and the bias in it and no gradient; sign_product is linear and has one, given in Python.
 // packed_linear_int8 rounds each sample to int8 multiples of its activation scale; its scale is a signed one.
-// Rows and columns are those of each block; index and shape are those of a matrix of any pattern. An unsigned scale is
-// what GlobalScale makes of its parameter. What has a default is last: each argument that a call passes costs as much as
-// a hundred multiply-adds.
+// Rows and columns are those of each block; index and shape are those of a matrix of any pattern. Unchecked: the
+// numbers of the index are taken to lie within the matrix, as they do where sparse_rows made it. An unsigned scale is
+// what GlobalScale makes of its parameter. What has a default is last: each argument that a call passes costs as much
+// as a hundred multiply-adds.
 STABLE_TORCH_LIBRARY(pibinn, m) {
   m.def(
       "packed_linear(Tensor input, Tensor bits, Tensor scale, int rows, int columns, Tensor? bias=None, "
@@ -288,6 +347,9 @@ STABLE_TORCH_LIBRARY(pibinn, m) {
       "packed_linear.sparse(Tensor input, Tensor bits, Tensor scale, Tensor index, int[] shape, Tensor? bias=None, "
       "bool transposed=False, bool signed_scale=False) -> Tensor");
   m.def(
+      "packed_linear.sparse_unchecked(Tensor input, Tensor bits, Tensor scale, Tensor index, int[] shape, "
+      "Tensor? bias=None, bool transposed=False, bool signed_scale=False) -> Tensor");
+  m.def(
       "packed_linear_int8(Tensor input, Tensor bits, Tensor scale, Tensor activation_scales, int rows, int columns, "
       "Tensor? bias=None) -> Tensor");
   m.def(
@@ -296,21 +358,26 @@ STABLE_TORCH_LIBRARY(pibinn, m) {
   m.def("sign_product(Tensor input, Tensor bits, int rows, int columns, bool transposed=False) -> Tensor");
   m.def("sign_product.uneven(Tensor input, Tensor bits, int[] rows, int[] columns, bool transposed=False) -> Tensor");
   m.def("sign_product.sparse(Tensor input, Tensor bits, Tensor index, int[] shape, bool transposed=False) -> Tensor");
+  m.def(
+      "sign_product.sparse_unchecked(Tensor input, Tensor bits, Tensor index, int[] shape, bool transposed=False) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pibinn, CPU, m) {
   m.impl("packed_linear", &pibinn::packed_linear<true>);
   m.impl("packed_linear.uneven", &pibinn::packed_linear<false>);
-  m.impl("packed_linear.sparse", &pibinn::packed_linear_sparse);
+  m.impl("packed_linear.sparse", &pibinn::packed_linear_sparse<true>);
+  m.impl("packed_linear.sparse_unchecked", &pibinn::packed_linear_sparse<false>);
   m.impl("packed_linear_int8", &pibinn::packed_linear_int8<true>);
   m.impl("packed_linear_int8.uneven", &pibinn::packed_linear_int8<false>);
   m.impl("sign_product", &pibinn::sign_product<true>);
   m.impl("sign_product.uneven", &pibinn::sign_product<false>);
-  m.impl("sign_product.sparse", &pibinn::sign_product_sparse);
+  m.impl("sign_product.sparse", &pibinn::sign_product_sparse<true>);
+  m.impl("sign_product.sparse_unchecked", &pibinn::sign_product_sparse<false>);
 }
 
 // Raised with every change of the operators above: Python leaves a shared object that was built before it alone.
-extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 3; }
+extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 4; }
 
 // The name of the path in use, for Python; an error as its message, which starts with PIBINN_KERNEL.
 extern "C" __attribute__((visibility("default"))) const char* pibinn_kernel() {

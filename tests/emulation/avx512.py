@@ -1,8 +1,9 @@
 """The AVX-512 path of the native kernel on an emulated processor, against float64: for machines without AVX-512.
 
 ``pip install bochscpu-python`` (Linux, glibc 2.38 or newer), then ``PYTHONPATH=. python tests/emulation/avx512.py``. It
-prints the number of products and their largest error in units of the allowed one; a read past the end of what a product
-is given has no memory to read. `tests/scripts/native_kernel_cases.py` is the same on a real processor.
+prints the number of products and their largest error in units of the allowed one. Each product is computed in two
+divisions into parts, as for one thread and for many, whose results must be the same bit for bit. A read past the end of
+what a product is given has no memory to read. `tests/scripts/native_kernel_cases.py` is the same on a real processor.
 """
 
 import ctypes
@@ -22,7 +23,7 @@ REGIONS = dict.fromkeys(("bits", "input", "output", "bias", "steps", "index", "c
 SCALE = 0.37
 # Number in the kernel and, of the sum of magnitudes of an output, rounding in this dtype and of a sum in float32.
 DTYPES = {torch.float32: (0, 1e-6), torch.bfloat16: (1, 2**-8 + 1e-6), torch.float16: (2, 2**-11 + 1e-6)}
-SAMPLES = (1, 2, 9, 10, 16, 17, 33, 64)
+SAMPLES = (1, 2, 9, 10, 16, 17, 33, 64, 137, 150)
 
 
 class Problem(ctypes.Structure):
@@ -50,7 +51,7 @@ def content(tensor):
     return bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
 
 
-def product(processor, function, parts, flags, matrix, samples, dtype, transposed, is_int8, *more):
+def product(processor, function, divisions, flags, matrix, samples, dtype, transposed, is_int8, *more):
     """One product of random inputs: its largest error in units of the allowed one."""
     number, tolerance = DTYPES[dtype]
     matrix = SCALE * (matrix.T if transposed else matrix)
@@ -65,31 +66,45 @@ def product(processor, function, parts, flags, matrix, samples, dtype, transpose
         *(input.shape[1], output.shape[1], samples, SCALE, transposed),
         processor.place("steps", content(steps)) if is_int8 else 0,
     )
-    parts = torch.tensor(parts)
-    call = processor.place("call", bytes(problem) + content(parts))
-    arguments = (call, call + ctypes.sizeof(Problem), len(parts))
-    scratch = (processor.call(function, *arguments, 0, *more) + 63) // 64 * 64
-    garbage = processor.place("scratch", random.randbytes(scratch))
-    processor.call(function, *arguments, garbage, *more)
-    result = processor.read(problem.output, len(content(output)))
+    results = []
+    for parts in divisions:
+        call = processor.place("call", bytes(problem) + content(torch.tensor(parts)))
+        arguments = (call, call + ctypes.sizeof(Problem), len(parts))
+        scratch = (processor.call(function, *arguments, 0, *more) + 63) // 64 * 64
+        garbage = processor.place("scratch", random.randbytes(scratch))
+        processor.write(problem.output, content(output))
+        processor.call(function, *arguments, garbage, *more)
+        results.append(processor.read(problem.output, len(content(output))))
+    result, divided = results
+    assert result == divided, f"{matrix.shape}, {samples} samples: the result depends on the parts"
     output = torch.frombuffer(bytearray(result), dtype=dtype).view(output.shape).double()
     input = (input.float() * (1 / steps)).round().double() * steps.double() if is_int8 else input.double()
     offset = 0.0 if bias is None else bias.double()
-    magnitude = input.abs() @ matrix.abs().T + abs(offset) + 1e-30
-    return ((output - (input @ matrix.T + offset)).abs() / magnitude).max().item() / tolerance
+    subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the spacing of results that small
+    allowed = tolerance * (input.abs() @ matrix.abs().T + abs(offset)) + subnormal / 2
+    return ((output - (input @ matrix.T + offset)).abs() / allowed).max().item()
 
 
 def in_blocks(processor, blocks, samples, dtype, transposed, is_int8):
     """A product with random blocks."""
     flags = [torch.rand(sizes) < 0.5 for sizes in blocks]
     matrix = torch.block_diag(*(block.double() * 2 - 1 for block in flags))
+    flags = torch.cat([block.flatten() for block in flags])
+    divisions = [parts_of(blocks, samples, transposed, *most) for most in ((512, 256), (64, 128))]
+    return product(processor, "in_blocks", divisions, flags, matrix, samples, dtype, transposed, is_int8)
+
+
+def parts_of(blocks, samples, transposed, most_outputs, most_samples):
+    """The parts that `divide` in dispatch.cpp would make, of so many outputs and samples at most."""
     parts, bit, row, column = [], 0, 0, 0
     for rows, columns in blocks:
         starts, outputs = ((row, column), columns) if transposed else ((column, row), rows)
-        parts += [[bit, rows, columns, *starts, o, min(o + 512, outputs), 0, samples] for o in range(0, outputs, 512)]
+        for n in range(0, samples, most_samples):
+            for o in range(0, outputs, most_outputs):
+                ends = (min(o + most_outputs, outputs), n, min(n + most_samples, samples))
+                parts.append([bit, rows, columns, *starts, o, *ends])
         bit, row, column = bit + rows * columns, row + rows, column + columns
-    flags = torch.cat([block.flatten() for block in flags])
-    return product(processor, "in_blocks", parts, flags, matrix, samples, dtype, transposed, is_int8)
+    return parts
 
 
 def in_rows(processor, rows, columns, samples, dtype, transposed, is_ordered):
@@ -107,8 +122,9 @@ def in_rows(processor, rows, columns, samples, dtype, transposed, is_ordered):
     described = processor.ends["stack"] - 4096
     processor.write(described, content(torch.tensor(addresses)))
     middle = rows if transposed else rows // 2
-    parts = [[begin, end, 0, samples] for begin, end in ((0, middle), (middle, rows)) if begin < end]
-    return product(processor, "in_rows", parts, flags, matrix, samples, dtype, transposed, False, described)
+    parts = [[*ends, n, min(n + 32, samples)] for n in range(0, samples, 32) for ends in ((0, middle), (middle, rows))]
+    divisions = [[[0, rows, 0, samples]], [part for part in parts if part[0] < part[1]]]
+    return product(processor, "in_rows", divisions, flags, matrix, samples, dtype, transposed, False, described)
 
 
 def main():
@@ -120,7 +136,7 @@ def main():
         processor = Processor(build(folder), REGIONS)
         for case in range(400):
             samples, dtype, transposed = random.choice(SAMPLES), random.choice(list(DTYPES)), case % 2 == 0
-            sizes = [(random.randint(1, 80), random.randint(1, 80)) for _ in range(random.randint(1, 3))]
+            sizes = [(random.randint(1, 120), random.randint(1, 120)) for _ in range(random.randint(1, 3))]
             sizes = [(600, 33)] if case == 0 else [(33, 600)] if case == 1 else sizes
             errors.append(in_blocks(processor, sizes, samples, dtype, transposed, not transposed and case % 4 == 1))
             errors.append(in_rows(processor, *sizes[0], samples, dtype, transposed, case % 3 == 0))

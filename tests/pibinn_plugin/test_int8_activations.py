@@ -186,7 +186,7 @@ def test_switch_of_a_model_changes_how_it_runs_and_nothing_else(model, tmp_path)
         layer = model[0]
         assert isinstance(layer, PackedLinear)
         scale = pb.global_scale(model)()
-        expected = packed_linear_int8(x, layer.bits, scale, layer.structure, layer.shape, layer.bias)
+        expected = packed_linear_int8(x, layer.bits, scale, layer._rule.structure, layer._rule.shape, layer.bias)
         assert torch.equal(layer(x), expected)
         assert torch.equal(copy.deepcopy(model)(x), rounded)
         assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), rounded)

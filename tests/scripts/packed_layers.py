@@ -1,17 +1,28 @@
-"""A layer made of packed signs, without the network that they were trained in."""
+"""Packed layers for the tests of the kernel."""
 
+import torch
 from torch import nn
 
-from pibinn_plugin.nn import CompactLinear
+import pibinn_plugin as pb
 from pibinn_plugin.packed import UnpackSigns, multiply_bits, read_from_bits
+from pibinn_plugin.packing import PackedSigns
+from pibinn_plugin.quantizer import GlobalScale
+
+BLOCKS = [
+    (pb.Dense(), (5, 40)),
+    (pb.BlockDiagonal(3), (21, 36)),
+    (pb.BlockDiagonal(rows=(1, 0, 9), columns=(5, 2, 33)), (10, 40)),
+    (pb.BlockDiagonal(2, row_order=(3, 0, 2, 1), column_order=(1, 0, 3, 2)), (4, 4)),
+]
+OTHERS = [(pb.Banded(1, 2), (4, 6)), (pb.Mask([[1, 0, 1], [0, 1, 1]]), (2, 3))]
 
 
-def packed_layer(packed, scale, bias=None, compact=False):
-    rows, columns = packed.shape
-    has_bias = bias is not None
-    layer = CompactLinear(columns, rows, packed.structure, has_bias) if compact else nn.Linear(columns, rows, has_bias)
-    if has_bias:
-        layer.bias = nn.Parameter(bias)
-    read_from_bits(layer, "weight", UnpackSigns(scale, packed, compact, scale.value.dtype), packed.bits)
+def packed_layer(structure, shape, bias=True):
+    """A layer of random signs, with λ = 0.5."""
+    packed = PackedSigns.pack(torch.randn(shape), structure, shape)
+    layer = nn.Linear(shape[1], shape[0], bias)
+    if bias:
+        nn.init.normal_(layer.bias)
+    read_from_bits(layer, "weight", UnpackSigns(GlobalScale(0.5), packed, False, torch.float32), packed.bits)
     multiply_bits(layer)
     return layer
