@@ -27,8 +27,8 @@ class CircularConvolution(nn.Module):
         size: n, of the signal ``(samples,)`` or the image ``(height, width)``, at least those of the kernel.
 
     Raises:
-        ValueError: a kernel of other dimensions, of an even length or longer than the signal, or not real and finite; by
-            ``A`` and ``A_adjoint``, a wrong size.
+        ValueError: a kernel of other dimensions, of an even length or longer than the signal, or not real and finite;
+            by ``A`` and ``A_adjoint``, a wrong size.
 
     Example:
         >>> operator = CircularConvolution(kernel=[0.25, 0.5, 0.25], size=[6])

@@ -156,10 +156,13 @@ class Mask(Structure):
         return mask
 
 
-# Traced code takes the result as it is: the positions are made outside of the graph, once.
-@torch.compiler.assume_constant_result
 def _positions_of(mask: Mask) -> Tensor:
     return mask._positions
+
+
+# Traced code takes the result as it is: the positions are made outside of the graph, once. This is all that
+# torch.compiler.assume_constant_result does, apart from importing the compiler, which takes seconds.
+_positions_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_elements(shape: tuple[int, ...]) -> None:
