@@ -29,7 +29,7 @@ def structure_from_operator(operator: Any, columns: int | None = None, tolerance
     block. Use ``.transposed()`` for a weight shaped like the adjoint.
 
     Rounding of the operator's own computation, such as that of an FFT, is no support. Entries count as zero that are
-    at most ``2 eps log2(max(m, n))`` times the largest entry of their connected component, eps being that of the
+    at most ``2 eps log2(max(m, n, 16))`` times the largest entry of their connected component, eps being that of the
     operator's dtype, and that do not look like the lower end of larger entries; `operator_support` says how.
 
     Args:

@@ -1,12 +1,18 @@
 """Where a physics operator is not zero: its entries, without those that are rounding of its own computation.
 
 An operator that computes by FFT gives numbers of about 1e-8 where its matrix has zeros. Such entries are told from
-small ones that are meant by three facts. Rounding is bounded: the bound of sums that are taken pairwise, and of the
-FFT, is ``eps log2(N)`` times what is summed (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, chapters
-4 and 24); twice that is the tolerance. Rounding comes with what is summed, so an entry is compared with the largest one
-of its connected component: a block or a row of another unit is not small because another block is large. And rounding
-is a population of its own: entries that are the lower end of larger ones, as in any matrix of random numbers, have
-many more of them just above the tolerance.
+small ones that are meant by three facts.
+
+Rounding is bounded. The bound of sums that are taken pairwise, and of the FFT, is ``eps log2(N)`` times what is summed
+(Higham, "Accuracy and Stability of Numerical Algorithms", 2002, chapters 4 and 24); twice that is the tolerance. The
+eps is that of the dtype. Before a dtype coarser than float32 that of float32 is tried, in which torch accumulates; and
+it is tried for float64 too where every entry is a float32.
+
+Rounding comes with what is summed. So an entry is compared with the largest one of its connected component: a block or
+a row in a unit of its own is not small because another block is large.
+
+Rounding is a population of its own. Entries that are the lower end of larger ones, as in any matrix of random numbers,
+have many more of them just above the tolerance.
 """
 
 from __future__ import annotations
@@ -73,11 +79,18 @@ class OperatorSupport:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """What there is to know of a matrix or an operator, and its nonzero entries, whole columns at a time."""
+    """What there is to know of a matrix or an operator, and its nonzero entries, whole columns at a time.
+
+    Args:
+        rows: m.
+        columns: n.
+        precisions: the dtypes in which it may have been computed, finest first.
+        entries: gives the entries anew.
+    """
 
     rows: int
     columns: int
-    eps: float
+    precisions: list[torch.dtype]
     entries: Callable[[], Iterator[Entries]]
 
 
@@ -104,8 +117,12 @@ def operator_support(operator: Any, columns: int | None = None, tolerance: float
     if tolerance is not None:
         return _split(matrix, tolerance, by_component=False)
     summed = max(matrix.rows, matrix.columns, _FEWEST_SUMMED)
-    support = _split(matrix, 2 * matrix.eps * math.log2(summed), by_component=True)
-    return support if support.is_rounding or not support.dropped else _split(matrix, 0.0, by_component=False)
+    support = None
+    for dtype in matrix.precisions:
+        support = _split(matrix, 2 * _eps(dtype) * math.log2(summed), by_component=True)
+        if support.is_rounding:
+            return support
+    return _split(matrix, 0.0, by_component=False) if support is None or support.dropped else support
 
 
 def images_of_units(operator: Any, columns: int) -> Iterator[Tensor]:
@@ -156,13 +173,13 @@ def _of_tensor(matrix: Tensor, columns: int | None) -> _Matrix:
     if columns is not None and columns != matrix.shape[1]:
         raise StructureError(f"columns={columns}, but the matrix has shape {tuple(matrix.shape)}")
     _refuse_complex(matrix.dtype)
-
-    def entries() -> Iterator[Entries]:
-        coordinates = matrix.detach().cpu().to_sparse_coo().coalesce()
-        row_index, column_index = coordinates.indices()
-        yield _nonzero(row_index, column_index, coordinates.values())
-
-    return _Matrix(matrix.shape[0], matrix.shape[1], _eps(matrix.dtype), entries)
+    coordinates = matrix.detach().cpu().to_sparse_coo().coalesce()
+    (row_index, column_index), values = coordinates.indices(), coordinates.values()
+    precisions = _precisions(matrix.dtype)
+    if matrix.dtype == torch.float64 and torch.equal(values.float().double(), values):
+        precisions.append(torch.float32)  # computed in float32, and only stored in float64
+    entries = _nonzero(row_index, column_index, values)
+    return _Matrix(matrix.shape[0], matrix.shape[1], precisions, lambda: iter([entries]))
 
 
 def _of_operator(operator: Any, columns: int | None) -> _Matrix:
@@ -185,7 +202,7 @@ def _of_operator(operator: Any, columns: int | None) -> _Matrix:
     _refuse_complex(image.dtype)
     if image.count_nonzero():
         raise StructureError(f"{name} is not linear: A of zero is not zero")
-    eps = max(_eps(zero.dtype), _eps(image.dtype))
+    coarser = max(zero.dtype, image.dtype, key=_eps)
 
     def entries() -> Iterator[Entries]:
         start = 0
@@ -195,7 +212,7 @@ def _of_operator(operator: Any, columns: int | None) -> _Matrix:
             yield _nonzero(row, unit + start, flat[unit, row])
             start += len(images)
 
-    return _Matrix(image.numel(), count, eps, entries)
+    return _Matrix(image.numel(), count, _precisions(coarser), entries)
 
 
 def _refuse_complex(dtype: torch.dtype) -> None:
@@ -206,8 +223,14 @@ def _refuse_complex(dtype: torch.dtype) -> None:
         )
 
 
+def _precisions(dtype: torch.dtype) -> list[torch.dtype]:
+    """The dtype; before a coarser one than float32 that, in which torch accumulates; none for whole numbers."""
+    if not dtype.is_floating_point:
+        return []
+    return [torch.float32, dtype] if _eps(dtype) > _eps(torch.float32) else [dtype]
+
+
 def _eps(dtype: torch.dtype) -> float:
-    """Machine epsilon; 0 for whole numbers, which are not rounded."""
     return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 

@@ -244,6 +244,15 @@ def test_a_blur_by_fft_has_the_support_of_its_kernel(size, dtype):
 
 
 @rounding
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_rounding_of_float32_is_known_in_another_dtype(dtype):
+    """Random numbers on the diagonals of a matrix that was computed in float32 and stored otherwise."""
+    matrix = torch.diag(torch.randn(64)) + torch.diag(torch.randn(60), 4) + 1e-7 * (torch.rand(64, 64) - 0.5)
+    expected = torch.eye(64, dtype=torch.bool) | torch.diag(torch.ones(60, dtype=torch.bool), 4)
+    assert torch.equal(structure_from_operator(matrix.to(dtype)).mask((64, 64)), expected)
+
+
+@rounding
 def test_identity_by_an_orthogonal_matrix_and_its_adjoint():
     orthogonal = torch.linalg.qr(torch.randn(200, 200)).Q
     assert structure_from_operator(orthogonal.T @ orthogonal) == BlockDiagonal(200)

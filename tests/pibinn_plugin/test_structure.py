@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structure_cases import patterns, ruled_structures, structures
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pibinn_plugin import StructureError, prepare
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask, Structure, matrix_shape
@@ -169,6 +170,38 @@ def test_training_after_a_first_call_in_inference_mode(structure):
     with torch.inference_mode():
         structure.linear(torch.ones(4), compact, (4, 4))
     structure.linear(torch.ones(4, requires_grad=True), compact, (4, 4)).sum().backward()
+    assert torch.equal(compact.grad, torch.ones_like(compact))
+
+
+@pytest.mark.parametrize("first", ["compile", "export", "fake", "inference", "meta"])
+@pytest.mark.parametrize(
+    "pattern", [torch.arange(64).reshape(8, 8) % 3 == 0, torch.eye(64), torch.block_diag(*[torch.ones(8, 8)] * 8)]
+)
+def test_a_mask_from_bytes_may_be_used_first_in_any_mode(first, pattern):
+    """Its positions are made at first use: they must be real tensors that serve every later one."""
+    structure, shape = Structure.from_bytes(Mask(pattern).to_bytes()), tuple(pattern.shape)
+    compact = torch.randn(structure.compact_shape(shape))
+    expected = torch.zeros(shape)
+    expected[pattern != 0] = compact
+    module = nn.Module()
+    module.forward = lambda values: structure.to_dense(values, shape)
+    if first == "compile":
+        assert torch.equal(torch.compile(module.forward, fullgraph=True, backend="aot_eager")(compact), expected)
+    elif first == "export":
+        assert torch.equal(torch.export.export(module, (compact,)).module()(compact), expected)
+    elif first == "fake":
+        with FakeTensorMode() as mode:
+            assert structure.to_dense(mode.from_tensor(compact), shape).shape == shape
+    elif first == "inference":
+        with torch.inference_mode():
+            structure.to_dense(compact, shape)
+    else:
+        with torch.device("meta"):
+            structure.positions(shape)
+    compact.requires_grad_()
+    dense = structure.to_dense(compact, shape)
+    assert torch.equal(dense, expected)
+    dense.sum().backward()
     assert torch.equal(compact.grad, torch.ones_like(compact))
 
 
