@@ -7,20 +7,23 @@ literature (Roth and Black, "Fields of Experts", IJCV 2009), called BSD68, are a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules.block_patterns import BlockPatterns
 from lightning_modules.data.files import DataFileError
+from lightning_modules.data.images import image_paths, read_grey_image
 from lightning_modules.data.resumable_loader import EpochSampler, ResumableLoader
 
-__all__ = ["BSD68", "BSDS500", "read_grey_image"]
+__all__ = ["BSD68", "BSDS500"]
 
 # Found by comparing the pixels of `val` with the two published copies of BSD68, which agree: Set68 of the code of DnCNN
 # (Zhang et al., IEEE TIP 2017; github.com/cszn/DnCNN) and github.com/clausmichele/CBSD68-dataset.
@@ -37,37 +40,6 @@ GREY_LEVELS = 255
 VALIDATION_SEED, TEST_SEED = 20210301, 20210302
 
 Batch = tuple[Tensor, Tensor]
-
-
-def read_grey_image(path: str | Path) -> Tensor:
-    """Read an image as grey levels 0 ... 255, colours by ITU-R 601: 0.299 R + 0.587 G + 0.114 B, rounded.
-
-    Args:
-        path: A JPEG or PNG file of 8 bits a channel, grey or colour.
-
-    Returns:
-        Shape (height, width), uint8.
-
-    Raises:
-        DataFileError: If the file is absent, damaged, or neither grey nor RGB.
-
-    Example:
-        >>> from PIL import Image
-        >>> Image.new("RGB", (4, 2), (255, 0, 0)).save(f"{tmp_path}/red.png")
-        >>> read_grey_image(f"{tmp_path}/red.png").unique()
-        tensor([76], dtype=torch.uint8)
-    """
-    from PIL import Image
-
-    path, expected = Path(path), "a JPEG or PNG image, grey or RGB, 8 bits a channel"
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "RGB"):
-                raise DataFileError(path, f"mode {image.mode}", expected, "Convert the image to grey or RGB.")
-            return torch.from_numpy(np.array(image.convert("L")))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        found = "no such file" if not path.is_file() else f"a file that cannot be read ({error})"
-        raise DataFileError(path, found, expected, "Replace the file with an intact copy.") from error
 
 
 class MeasuredPatches(Dataset[Batch]):
@@ -141,10 +113,11 @@ class BSDS500(pl.LightningDataModule):
     imaging) it is (batch, measurements, height / block, width / block). The noise is white, its standard deviation
     `noise_level` / 255. Training batches are random patches, flipped and turned, drawn afresh every epoch from `seed`
     and the epoch index only. Validation (32 images) and test (BSD68) are whole images, one a batch, with fixed noise;
-    with an operator they are cut at the bottom and right to whole blocks, which is one row and one column.
+    with an operator they are cut at the bottom and right to whole blocks, which is one row and one column. `setup`
+    prints once how many images were read for what, and which files were left out.
 
     Args:
-        data_dir: Folder with the folders `train`, `val` and `test` of JPEG or PNG images.
+        data_dir: Folder with the folders `train`, `val` and `test` of JPEG or PNG images, as `image_paths` finds them.
         operator: A; the identity if None.
         noise_level: Standard deviation of the noise, in grey levels of 255.
         patch_size: Height and width of the training patches.
@@ -156,14 +129,15 @@ class BSDS500(pl.LightningDataModule):
 
     Raises:
         ValueError: If an argument is out of range.
-        DataFileError: By `setup`, if a folder or an image is absent or not what it should be.
+        DataFileError: By `setup`, if a folder is absent or without an image, if one of BSD68 is not in `val` or is in
+            another folder too, if two files of a folder have one stem, or if an image is not what it should be.
 
     Example:
         >>> from PIL import Image
-        >>> for number, (split, name) in enumerate([("train", "a"), ("val", "b"), *(("val", name) for name in BSD68)]):
-        ...     folder = tmp_path / split
-        ...     folder.mkdir(exist_ok=True)
-        ...     Image.new("L", (24, 20), number).save(folder / f"{name}.png")
+        >>> for split, names in {"train": "ab", "test": "c", "val": ["d", *BSD68]}.items():
+        ...     (tmp_path / split).mkdir()
+        ...     for name in names:
+        ...         Image.new("L", (24, 20), 128).save(tmp_path / split / f"{name}.png")
         >>> data = BSDS500(tmp_path, patch_size=16, batch_size=4, train_patches=8)
         >>> data.setup()
         >>> y, x = next(iter(data.train_dataloader()))
@@ -184,8 +158,8 @@ class BSDS500(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.block_size = 1 if operator is None else operator.block_size
-        if noise_level < 0 or seed < 0:
-            raise ValueError(f"noise_level is {noise_level} and seed is {seed}: they must be at least 0.")
+        if not 0 <= noise_level < math.inf or seed < 0:
+            raise ValueError(f"noise_level is {noise_level} and seed is {seed}: they must be at least 0, and finite.")
         if min(batch_size, train_patches) < 1 or (calibration_patches is not None and calibration_patches < 1):
             raise ValueError(
                 f"batch_size is {batch_size}, train_patches {train_patches}, calibration_patches "
@@ -210,24 +184,42 @@ class BSDS500(pl.LightningDataModule):
         """Read the images, once."""
         if hasattr(self, "train_set"):
             return
-        val = self._paths("val")
-        if missing := sorted(BSD68 - {path.stem for path in val}):
-            found = f"no image named {missing[0]} (of BSD68, {len(missing)} are missing)"
+        paths, left_out = self._paths()
+        train = [self._read(path, self.patch_size) for path in paths["train"] + paths["test"]]
+        others = [self._whole_blocks(path) for path in paths["val"] if path.stem not in BSD68]
+        test = [self._whole_blocks(path) for path in paths["val"] if path.stem in BSD68]
+        if not others:
+            found = "no image but those of BSD68"
             raise DataFileError(
-                self.data_dir / "val", found, "the 68 images of BSD68", "Put the data set's `val` there."
+                self.data_dir / "val", found, "others to validate on", "Put the data set's `val` there."
             )
-        train = [self._read(path, self.patch_size) for part in ("train", "test") for path in self._paths(part)]
-        if not train:
-            found = "no images in its folders train and test"
-            raise DataFileError(self.data_dir, found, "images to train on", "Point data_dir at the data set.")
         self.train_set = MeasuredPatches(train, self, self.train_patches)
-        others = [self._whole_blocks(path) for path in val if path.stem not in BSD68]
         self.val_set = MeasuredImages(others, self, VALIDATION_SEED)
-        test = [self._whole_blocks(path) for path in val if path.stem in BSD68]
         self.test_set = MeasuredImages(test, self, TEST_SEED)
+        rank_zero_info(
+            f"{self.data_dir}: {len(train)} images for training, {len(others)} for validation, {len(test)} (BSD68) for "
+            f"test; {len(left_out)} other files{''.join(f', {path}' for path in left_out[:5])}."
+        )
 
-    def _paths(self, part: str) -> list[Path]:
-        return sorted(path for path in (self.data_dir / part).glob("*") if path.suffix in (".jpg", ".png"))
+    def _paths(self) -> tuple[dict[str, list[Path]], list[Path]]:
+        """The images of each folder, with BSD68 in `val` and nowhere else; and the other files."""
+        folder, paths, left_out = self.data_dir / "val", {}, []
+        found = image_paths(folder)[0] if folder.is_dir() else []
+        if missing := sorted(BSD68 - {path.stem for path in found}):
+            raise DataFileError(
+                folder,
+                f"no image named {missing[0]} (of BSD68, {len(missing)} are missing)",
+                "the 68 images of BSD68",
+                "Put the data set's `val` there.",
+            )
+        for part in ("train", "val", "test"):
+            paths[part], other_files = image_paths(self.data_dir / part)
+            left_out += other_files
+        for path in paths["train"] + paths["test"]:
+            if path.stem in BSD68:
+                remedy = "Take it out: figures are reported on it."
+                raise DataFileError(path, "an image of BSD68", "other images to train on", remedy)
+        return paths, left_out
 
     def _read(self, path: Path, smallest: int) -> Tensor:
         image = read_grey_image(path)

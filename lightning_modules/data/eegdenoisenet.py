@@ -8,29 +8,28 @@ mean squares, so its nominal -7 ... 2 dB are the -14 ... +4 dB used here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_modules.data.files import DataFileError, read_epochs, read_index
+from lightning_modules.data.epoch_split import TEST_FRACTION, Split, split_rows
+from lightning_modules.data.files import read_epochs
 from lightning_modules.data.resumable_loader import EpochSampler, ResumableLoader, whole_batch
 
 __all__ = ["EEGDenoiseNet", "mix"]
 
 SAMPLES = 512
 EVALUATION_LEVELS_DB = tuple(range(-14, 5, 2))
-TEST_FRACTION = 0.1
 # Validation and test mixtures are the same whatever the seed of the training.
 EVALUATION_SEED = 20210101
-# Epochs of one subject or recording are alike: these columns of an index name what must not be torn apart.
-GROUP_COLUMNS = {"EEG": ("subject",), "EOG": ("source", "record"), "EMG": ("source", "record")}
 
 Batch = tuple[Tensor, Tensor]
 
@@ -41,8 +40,8 @@ def mix(clean: Tensor, artifact: Tensor, snr_db: Tensor) -> Batch:
     .. math:: y = x + c\,a, \qquad c = \frac{\mathrm{RMS}(x)}{\mathrm{RMS}(a)}\,10^{-\mathrm{SNR}/20}
 
     Args:
-        clean: EEG epochs x, shape (batch, samples), none zero throughout.
-        artifact: Artifact epochs a, the same shape and units, none zero throughout.
+        clean: EEG epochs x, shape (batch, samples), none flat.
+        artifact: Artifact epochs a, the same shape and units, none flat.
         snr_db: Ratio of the power of x to the power of c a, in dB, shape (batch,).
 
     Returns:
@@ -140,54 +139,6 @@ class FreshMixtures(Dataset[Batch]):
         return y[0], x[0]
 
 
-class Split(NamedTuple):
-    """Row numbers of the epochs of each part, ascending."""
-
-    train: npt.NDArray[np.int64]
-    val: npt.NDArray[np.int64]
-    test: npt.NDArray[np.int64]
-
-
-def split_rows(path: Path, rows: int, kind: str, val_fraction: float) -> Split:
-    """Split the rows of an array of epochs, by its index where there is one and in contiguous runs otherwise.
-
-    With an index, the test rows are those it says, and the validation rows are whole groups of train rows (subjects of
-    EEG, recordings of artifacts), evenly spaced in the order of the file: the same for every seed.
-
-    Args:
-        path: The index file, which need not exist.
-        rows: Number of epochs.
-        kind: "EEG", "EOG" or "EMG".
-        val_fraction: Fraction of the groups, or of the rows, that is held out of training.
-
-    Returns:
-        The rows of each part, none empty.
-
-    Raises:
-        DataFileError: If the index is bad or leaves a part empty, or if there are too few rows to split.
-    """
-    index = read_index(path, rows)
-    if index is None:
-        val, test = round(rows * (1 - TEST_FRACTION - val_fraction)), round(rows * (1 - TEST_FRACTION))
-        split = Split(np.arange(val), np.arange(val, test), np.arange(test, rows))
-    else:
-        train = [row for row in range(rows) if index[row]["split"] == "train"]
-        columns = [column for column in GROUP_COLUMNS[kind] if column in index[0]]
-        groups = [tuple(index[row][column] for column in columns) if columns else row for row in train]
-        distinct = list(dict.fromkeys(groups))
-        count = max(1, round(val_fraction * len(distinct)))
-        held_out = {distinct[int((number + 0.5) * len(distinct) / count)] for number in range(count if distinct else 0)}
-        is_val = np.array([group in held_out for group in groups], dtype=bool)
-        test_rows = [row for row in range(rows) if index[row]["split"] == "test"]
-        split = Split(np.array(train)[~is_val], np.array(train)[is_val], np.array(test_rows, dtype=np.int64))
-    for name, part in zip(Split._fields, split, strict=True):
-        if len(part) == 0:
-            found = f"{rows} epochs of which none is left for {name}"
-            expected = "at least two groups (subjects or recordings) to train on and one epoch to test on"
-            raise DataFileError(path, found, expected, "Add epochs, or correct the index.")
-    return split
-
-
 class EEGDenoiseNet(pl.LightningDataModule):
     """Denoising of EEG epochs: batches `(y, x)` of noisy and clean epochs, each (batch, 512) float32.
 
@@ -199,6 +150,7 @@ class EEGDenoiseNet(pl.LightningDataModule):
 
     Epochs are split by the column `split` of `EEG_index.csv` and of the artifact's index where these exist, with whole
     subjects and recordings held out of training for validation; otherwise in contiguous runs of 80, 10 and 10 %.
+    `setup` prints once what was read of each file and how it was split.
 
     Args:
         data_dir: Folder of the files. Arrays are (epochs, 512), float32 or float64.
@@ -237,8 +189,8 @@ class EEGDenoiseNet(pl.LightningDataModule):
         super().__init__()
         if artifact not in ("EOG", "EMG"):
             raise ValueError(f"artifact is {artifact!r}: it must be 'EOG' or 'EMG'.")
-        if not snr_range_db[0] <= snr_range_db[1]:
-            raise ValueError(f"snr_range_db is {snr_range_db}: it must be (lowest, highest) in dB.")
+        if len(snr_range_db) != 2 or not -math.inf < snr_range_db[0] <= snr_range_db[1] < math.inf:
+            raise ValueError(f"snr_range_db is {snr_range_db}: it must be (lowest, highest) in dB, both finite.")
         if not 0 < val_fraction < 1 - TEST_FRACTION:
             raise ValueError(f"val_fraction is {val_fraction}: it must lie between 0 and {1 - TEST_FRACTION}.")
         if batch_size < 1 or seed < 0:
@@ -261,10 +213,16 @@ class EEGDenoiseNet(pl.LightningDataModule):
         )
         self.val_set = _validation_mixtures(clean[clean_split.val], artifacts[artifact_split.val])
         self.test_set = _test_mixtures(clean[clean_split.test], artifacts[artifact_split.test])
+        rank_zero_info(
+            f"Mixtures of EEG and {self.artifact}: {len(self.train_set)} an epoch in training, {len(self.val_set)} in "
+            f"validation, {len(self.test_set)} in test."
+        )
 
     def _read(self, kind: str) -> tuple[Tensor, Split]:
-        epochs = read_epochs(self.data_dir / f"{kind}_all_epochs.npy", SAMPLES)
+        path = self.data_dir / f"{kind}_all_epochs.npy"
+        epochs = read_epochs(path, SAMPLES)
         split = split_rows(self.data_dir / f"{kind}_index.csv", len(epochs), kind, self.val_fraction)
+        rank_zero_info(f"{path}: {split}")
         return torch.from_numpy(epochs), split
 
     def train_dataloader(self) -> ResumableLoader:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import tokenize
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = ["DataFileError", "read_epochs", "read_index"]
+
+# Whatever the unit: the sum of the squares of an epoch must be a float32, neither 0 nor infinite.
+SMALLEST_AMPLITUDE, LARGEST_AMPLITUDE = 1e-15, 1e15
 
 
 class DataFileError(ValueError):
@@ -39,11 +45,12 @@ def read_epochs(path: str | Path, samples: int) -> npt.NDArray[np.float32]:
         samples: The number of samples an epoch must have.
 
     Returns:
-        The epochs, shape (epochs, samples), float32, all finite and none zero throughout.
+        The epochs, shape (epochs, samples), float32, all finite and none flat.
 
     Raises:
         DataFileError: If the file is absent, damaged, of another shape or data type, or holds values that are not
-            finite or epochs without a signal.
+            finite, epochs without a signal (zero, or one value throughout but for rounding), or amplitudes whose
+            squares float32 cannot hold.
     """
     path = Path(path)
     expected = f"a .npy array of shape (epochs, {samples}), float32"
@@ -64,51 +71,92 @@ def read_epochs(path: str | Path, samples: int) -> npt.NDArray[np.float32]:
         raise DataFileError(path, f"shape {array.shape}", expected, remedy)
     with np.errstate(over="ignore"):
         epochs = np.ascontiguousarray(array, dtype=np.float32)
-    finite = np.isfinite(epochs).all(axis=1)
-    if not finite.all():
-        found = f"{np.count_nonzero(~finite)} epochs with NaN or infinite values, the first in row {finite.argmin()}"
-        raise DataFileError(path, found, "finite values", "Drop these rows (and their rows of the index).")
-    nonzero = epochs.any(axis=1)
-    if not nonzero.all():
-        found = f"{np.count_nonzero(~nonzero)} epochs that are zero throughout, the first in row {nonzero.argmin()}"
-        raise DataFileError(path, found, "a signal in every epoch", "Drop these rows (and their rows of the index).")
+    _refuse_rows(path, ~np.isfinite(epochs).all(axis=1), "with NaN or infinite values", "finite values")
+    _refuse_rows(path, ~epochs.any(axis=1), "that are zero throughout", "a signal in every epoch")
+    largest = np.abs(epochs).max(axis=1)
+    span = epochs.max(axis=1).astype(np.float64) - epochs.min(axis=1)
+    is_flat = span <= 8 * np.finfo(np.float32).eps * largest
+    _refuse_rows(path, is_flat, "that are flat, of one value throughout", "a signal in every epoch")
+    is_extreme = (largest < SMALLEST_AMPLITUDE) | (largest > LARGEST_AMPLITUDE)
+    between = f"amplitudes from {SMALLEST_AMPLITUDE:g} to {LARGEST_AMPLITUDE:g}, as in µV or V"
+    _refuse_rows(path, is_extreme, "whose squares float32 cannot hold", between)
     return epochs
 
 
+def _refuse_rows(path: Path, is_refused: Any, what: str, expected: str) -> None:
+    if is_refused.any():
+        found = f"{np.count_nonzero(is_refused)} epochs {what}, the first in row {is_refused.argmax()}"
+        raise DataFileError(path, found, expected, "Drop these rows (and their rows of the index), or correct them.")
+
+
 def read_index(path: str | Path, rows: int) -> list[dict[str, str]] | None:
-    """Read the index of an array of epochs: a CSV file with a header and one line an epoch.
+    r"""Read the index of an array of epochs: a CSV file with a header and one line an epoch.
+
+    Spreadsheets write the same table in many ways, and all of these are read: UTF-8 with or without a byte-order mark,
+    UTF-16 with one, commas, semicolons or tabs, names and splits in any case and with blanks around them.
 
     Args:
         path: The file; its column `split` says `train` or `test`, the others are free.
         rows: The number of epochs it must describe.
 
     Returns:
-        One dict an epoch from column to entry, or None if there is no such file.
+        One dict an epoch from column to entry, or None if there is no such file. Columns and splits are in lower case,
+        nothing has blanks around it.
 
     Raises:
-        DataFileError: If the file cannot be read, has no column `split`, another number of lines, incomplete lines, or
-            a split other than train and test.
+        DataFileError: If the file cannot be read, has no column `split`, a column twice, another number of lines,
+            incomplete lines, or a split other than train and test; or if there is none, but one of a similar name.
+
+    Example:
+        >>> path = Path(f"{tmp_path}/EEG_index.csv")
+        >>> _ = path.write_text("Subject; Split\nanna;Train\nbert;test\n", encoding="utf-8-sig")
+        >>> read_index(path, rows=2)
+        [{'subject': 'anna', 'split': 'train'}, {'subject': 'bert', 'split': 'test'}]
     """
     path = Path(path)
-    if not path.is_file():
-        return None
     expected = f"a header with a column split and {rows} lines, each with split train or test"
     remedy = "Correct the index, or remove it to split the epochs in contiguous runs."
+    if not path.is_file():
+        _refuse_other_index(path)
+        return None
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            index = list(reader)
-            columns = reader.fieldnames or []
+        header, *lines = _read_table(path)
     except (ValueError, OSError, csv.Error) as error:
         raise DataFileError(path, f"a file that cannot be read ({error})", expected, remedy) from error
+    columns = [name.casefold() for name in header]
     if "split" not in columns:
-        raise DataFileError(path, f"the columns {', '.join(columns) or '(none)'}", expected, remedy)
-    if len(index) != rows:
-        raise DataFileError(path, f"{len(index)} lines", expected, remedy)
-    for number, row in enumerate(index):
-        # DictReader files surplus entries under None and fills missing ones with None.
-        if None in row or None in row.values():
+        raise DataFileError(path, f"the columns {', '.join(header) or '(none)'}", expected, remedy)
+    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
+        raise DataFileError(path, f"the column {twice[0]} more than once", "each column once", remedy)
+    if len(lines) != rows:
+        raise DataFileError(path, f"{len(lines)} lines", expected, remedy)
+    index = []
+    for number, line in enumerate(lines):
+        if len(line) != len(columns):
             raise DataFileError(path, f"another number of entries than columns in row {number}", expected, remedy)
-        if row["split"] not in ("train", "test"):
+        row = dict(zip(columns, line, strict=True))
+        if (split := row["split"].casefold()) not in ("train", "test"):
             raise DataFileError(path, f"split {row['split']!r} in row {number}", expected, remedy)
+        index.append({**row, "split": split})
     return index
+
+
+def _read_table(path: Path) -> list[list[str]]:
+    """The header and the lines of a CSV file, entries without blanks around them; lines of blanks are none."""
+    data = path.read_bytes()
+    text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    first_line = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=first_line.count)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    stripped = ([entry.strip() for entry in line] for line in table)
+    return [line for line in stripped if any(line)] or [[]]
+
+
+def _refuse_other_index(path: Path) -> None:
+    """Refuse to go without an index where there seems to be one, such as `eeg_index.csv` or `EEG_index.xlsx`."""
+    names = {path.stem.casefold(), path.name.casefold()}
+    others = {other.name for other in path.parent.glob("*") if names & {other.stem.casefold(), other.name.casefold()}}
+    if others:
+        found = "no file" if path.name in others else f"no such file, but {min(others)}"
+        remedy = f"Save it as CSV under the name {path.name}, or take it out of the folder to go without an index."
+        raise DataFileError(path, found, "an index of this very name, or none", remedy)

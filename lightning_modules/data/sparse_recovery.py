@@ -93,6 +93,8 @@ class SparseRecovery(pl.LightningDataModule):
                 f"batch_size={batch_size}, train_examples={train_examples}, evaluation_examples={evaluation_examples}, "
                 f"seed={seed}: counts are at least 1, the seed at least 0"
             )
+        if not snr_db > -math.inf:
+            raise ValueError(f"snr_db is {snr_db}: it is a ratio in dB, above -inf; inf is no noise")
         if training_pairs is not None and not 1 <= training_pairs <= train_examples:
             raise ValueError(
                 f"training_pairs={training_pairs}: expected at least 1 and at most train_examples={train_examples}, "

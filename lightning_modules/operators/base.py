@@ -7,9 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pibinn_plugin.structure.operator_support import images_of_units
+
 __all__ = ["PhysicsOperator", "check_size", "operator_blocks", "spectral_norm"]
 
-_PROBES = 256  # unit vectors given to a matrix-free operator at a time
 _SUBSPACE, _ITERATIONS = 16, 100
 
 
@@ -41,7 +42,7 @@ def operator_blocks(operator: PhysicsOperator) -> Tensor:
     """The matrix of an operator as its blocks, shape ``(blocks, rows, columns)``, in block-diagonal order.
 
     An operator with an attribute ``blocks`` gives that, and no matrix of all measurements by all unknowns is made; any
-    other is probed with its unit vectors and is one block.
+    other is probed with its unit vectors, in its own dtype, and is one block.
 
     Args:
         operator: A.
@@ -56,13 +57,7 @@ def operator_blocks(operator: PhysicsOperator) -> Tensor:
     blocks = getattr(operator, "blocks", None)
     if isinstance(blocks, Tensor):
         return blocks
-    columns = operator.shape[1]
-    images = []
-    for start in range(0, columns, _PROBES):
-        units = torch.zeros(min(_PROBES, columns - start), columns)
-        units.diagonal(start).fill_(1.0)
-        images.append(operator.A(units))
-    return torch.cat(images).T[None].contiguous()
+    return torch.cat(list(images_of_units(operator, operator.shape[1]))).T[None].contiguous()
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ class BlockOperator(nn.Module):
         blocks: shape ``(blocks, rows, columns)``.
 
     Raises:
-        ValueError: not three dimensions, or an entry that is not finite; by ``A`` and ``A_adjoint``, a wrong size.
+        ValueError: not three dimensions, no real numbers, or an entry that is not finite; by ``A`` and ``A_adjoint``, a
+            wrong size.
 
     Example:
         >>> operator = BlockOperator(torch.ones(2, 1, 3))
@@ -29,8 +30,11 @@ class BlockOperator(nn.Module):
 
     def __init__(self, blocks: Tensor) -> None:
         super().__init__()
-        if blocks.dim() != 3 or not blocks.isfinite().all():
-            raise ValueError(f"expected finite blocks (blocks, rows, columns); got shape {tuple(blocks.shape)}")
+        if blocks.dim() != 3 or not blocks.is_floating_point() or not blocks.isfinite().all():
+            raise ValueError(
+                f"expected finite blocks (blocks, rows, columns) of real numbers; got {blocks.dtype} of shape "
+                f"{tuple(blocks.shape)}"
+            )
         self.register_buffer("blocks", blocks, persistent=False)
         self.shape = (blocks.shape[0] * blocks.shape[1], blocks.shape[0] * blocks.shape[2])
 
@@ -52,7 +56,7 @@ class DenseOperator(BlockOperator):
         matrix: shape ``(measurements, unknowns)``.
 
     Raises:
-        ValueError: not two dimensions, or an entry that is not finite.
+        ValueError: not two dimensions, no real numbers, or an entry that is not finite.
 
     Example:
         >>> DenseOperator(torch.ones(2, 3)).A(torch.arange(3.0))

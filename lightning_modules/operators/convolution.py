@@ -27,8 +27,8 @@ class CircularConvolution(nn.Module):
         size: n, of the signal ``(samples,)`` or the image ``(height, width)``, at least those of the kernel.
 
     Raises:
-        ValueError: a kernel of other dimensions, of an even length or longer than the signal, or not finite; by ``A``
-            and ``A_adjoint``, a wrong size.
+        ValueError: a kernel of other dimensions, of an even length or longer than the signal, or not real and finite;
+            by ``A`` and ``A_adjoint``, a wrong size.
 
     Example:
         >>> operator = CircularConvolution(kernel=[0.25, 0.5, 0.25], size=[6])
@@ -41,14 +41,14 @@ class CircularConvolution(nn.Module):
     def __init__(self, kernel: Tensor | Sequence[float] | Sequence[Sequence[float]], size: Sequence[int]) -> None:
         super().__init__()
         values = torch.as_tensor(kernel)
-        values = values if values.is_floating_point() else values.float()
+        values = values if values.is_floating_point() or values.is_complex() else values.float()
         fits = len(size) == values.dim() in (1, 2) and all(
             length % 2 == 1 and length <= limit for length, limit in zip(values.shape, size, strict=True)
         )
-        if not fits or not values.isfinite().all():
+        if not fits or values.is_complex() or not values.isfinite().all():
             raise ValueError(
                 f"a kernel of shape {tuple(values.shape)} for a signal of size {tuple(size)}: expected one or two "
-                f"dimensions, the same of both, and a finite kernel of odd lengths, none above that of the signal"
+                f"dimensions, the same of both, and a real, finite kernel of odd lengths, none above that of the signal"
             )
         self.size, self.shape = tuple(size), (math.prod(size), math.prod(size))
         self.register_buffer("kernel", values, persistent=False)

@@ -12,6 +12,7 @@ from pibinn_plugin.structure.block_diagonal import BlockDiagonal
 from pibinn_plugin.structure.dense import Dense
 from pibinn_plugin.structure.from_operator import structure_from_operator
 from pibinn_plugin.structure.mask import Mask
+from pibinn_plugin.structure.operator_support import SmallEntriesWarning
 
 __all__ = [
     "Banded",
@@ -19,6 +20,7 @@ __all__ = [
     "Dense",
     "Mask",
     "Shape",
+    "SmallEntriesWarning",
     "Structure",
     "matrix_shape",
     "structure_from_operator",

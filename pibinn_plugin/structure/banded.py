@@ -15,7 +15,7 @@ from pibinn_plugin.errors import StructureError
 from pibinn_plugin.structure.base import Shape, Structure, matrix_shape, refuse_leftover, whole_number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Banded(Structure):
     """The band ``-lower <= column - row <= upper`` of a matrix; the compact form is its diagonals, lowest first.
 
@@ -40,9 +40,9 @@ class Banded(Structure):
             raise StructureError(f"bandwidths count diagonals and cannot be negative; got {self}")
 
     @override
-    def check(self, shape: Shape) -> None:
+    def _check(self, shape: Shape) -> None:
         rows, columns = matrix_shape(shape)
-        if len(shape) != 2 or self.lower >= max(rows, 1) or self.upper >= max(columns, 1) or rows * columns == 0:
+        if len(shape) != 2 or self.lower >= rows or self.upper >= columns:
             raise StructureError(
                 f"{self} does not fit a weight of shape {tuple(shape)}: expected a matrix with lower < rows and "
                 f"upper < columns"

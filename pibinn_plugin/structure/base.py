@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import operator
+import reprlib
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,10 @@ from torch import Tensor
 from pibinn_plugin.errors import StructureError
 
 Shape = Sequence[int]
+
+# No array library has more dimensions or counts further; what exceeds this is a damaged file.
+_MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 2**62
+_LARGEST_NUMBER = 2**32 - 1  # of what a stored structure counts
 
 
 def matrix_shape(shape: Shape) -> tuple[int, int]:
@@ -31,8 +36,39 @@ def matrix_shape(shape: Shape) -> tuple[int, int]:
     return int(shape[0]), math.prod(shape[1:])
 
 
+class _Brief(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxtuple = self.maxlist = self.maxdict = self.maxset = 8
+        self.maxstring = self.maxother = 160
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python itself refuses to write out numbers of more than some thousand digits.
+        return super().repr_int(x, level) if x.bit_length() < 256 else f"<a number of {x.bit_length()} bits>"
+
+
+def short(value: object) -> str:
+    """``repr(value)`` cut in the middle: what a message shows of a value that a file may make as long as it likes.
+
+    Example:
+        >>> short(tuple(range(1000)))
+        '(0, 1, 2, 3, 4, 5, 6, 7, ...)'
+    """
+    return _Brief().repr(value)
+
+
+def check_shape(shape: Shape) -> None:
+    """Raise `StructureError` unless a weight can have this shape: at most 64 dimensions, none empty, 2⁶² elements."""
+    if len(shape) > _MOST_DIMENSIONS:
+        raise StructureError(f"a weight of {len(shape)} dimensions; expected at most {_MOST_DIMENSIONS}")
+    if min(shape, default=1) < 1:
+        raise StructureError(f"a weight of shape {short(tuple(shape))} is empty; expected at least one element")
+    if math.prod(shape) > _MOST_ELEMENTS:
+        raise StructureError(f"a weight of shape {short(tuple(shape))} has more than 2^62 elements")
+
+
 class Structure(ABC):
-    """A fixed pattern of structural nonzeros. Subclasses are frozen dataclasses."""
+    """A fixed pattern of structural nonzeros. Subclasses are frozen dataclasses without a ``repr`` of their own."""
 
     kind: ClassVar[str]
     _code: ClassVar[int]
@@ -41,9 +77,21 @@ class Structure(ABC):
     def __init_subclass__(cls) -> None:
         Structure._kinds[cls.kind] = Structure._kinds[cls._code] = cls
 
-    @abstractmethod
+    def __repr__(self) -> str:
+        values = (f"{field.name}={short(getattr(self, field.name))}" for field in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(values)})"
+
     def check(self, shape: Shape) -> None:
-        """Raise `StructureError` if a weight of this shape cannot have this structure."""
+        """Raise `StructureError` if a weight of this shape cannot have this structure.
+
+        Nothing is made for it, and nothing for `nnz` either: call both before anything of a file is believed.
+        """
+        check_shape(shape)
+        self._check(shape)
+
+    @abstractmethod
+    def _check(self, shape: Shape) -> None:
+        """As `check`, for a shape that some weight can have."""
 
     @abstractmethod
     def positions(self, shape: Shape) -> Tensor:
@@ -112,15 +160,22 @@ class Structure(ABC):
 
     @staticmethod
     def from_bytes(data: bytes) -> Structure:
-        """Invert `to_bytes`.
+        """Invert `to_bytes`, in time and memory that go with the bytes, whatever size of weight they describe.
+
+        Who knows which structure is right compares ``structure.to_bytes()`` with the stored bytes instead: equal
+        structures are stored in equal bytes. Who does not calls `check` with the shape of the weight and compares `nnz`
+        with the number of bits that were stored, before anything else.
 
         Raises:
-            StructureError: the bytes are not a structure.
+            StructureError: the bytes are no structure, or one that `to_bytes` writes otherwise.
         """
         try:
-            return Structure._kinds[data[0]]._from_payload(data[1:])
+            structure = Structure._kinds[data[0]]._from_payload(data[1:])
         except (IndexError, KeyError, ValueError, struct.error, OverflowError) as error:
-            raise StructureError(f"{len(data)} bytes do not describe a structure: {error!r}") from error
+            raise StructureError(f"{len(data)} bytes do not describe a structure: {short(error)}") from error
+        if structure.to_bytes() != data:
+            raise StructureError(f"{len(data)} bytes describe {structure}, but are not its stored form")
+        return structure
 
     @classmethod
     @abstractmethod
@@ -141,17 +196,17 @@ class Structure(ABC):
 
     @staticmethod
     def from_json(text: str) -> Structure:
-        """Invert `to_json`.
+        """Invert `to_json`, at no more than `from_bytes` costs.
 
         Raises:
             StructureError: the text is not the JSON of a structure.
         """
         try:
-            fields = json.loads(text)
-            return Structure._kinds[str(fields.pop("kind"))]._from_json_fields(fields)
+            members = json.loads(text, object_pairs_hook=_unique)
+            return Structure._kinds[str(members.pop("kind"))]._from_json_fields(members)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError, struct.error) as error:
             raise StructureError(
-                f"{text[:80]!r} is not the JSON of a structure ({error!r}); expected "
+                f"{short(text)} is not the JSON of a structure ({short(error)}); expected "
                 f'{{"kind": one of {[kind for kind in Structure._kinds if isinstance(kind, str)]}, ...}}'
             ) from error
 
@@ -172,12 +227,33 @@ def whole_number(value: Any) -> int:
     """The value as an int.
 
     Raises:
-        StructureError: it is not a whole number.
+        StructureError: it is not a whole number, or one beyond the 32 bits of the stored form.
     """
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        raise StructureError(f"expected a whole number; got {value!r}") from None
+        raise StructureError(f"expected a whole number; got {short(value)}") from None
+    if isinstance(value, bool) or abs(number) > _LARGEST_NUMBER:
+        raise StructureError(f"expected a whole number of at most {_LARGEST_NUMBER}; got {short(value)}")
+    return number
+
+
+def whole_numbers(values: Any) -> tuple[int, ...]:
+    """The values as a tuple of ints.
+
+    Raises:
+        StructureError: not a list of whole numbers, or one beyond the 32 bits of the stored form.
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise StructureError(f"expected a list of whole numbers; got {short(values)}")
+    return tuple(map(whole_number, values))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a field is given twice")
+    return members
 
 
 def refuse_leftover(payload: bytes, expected: int) -> None:

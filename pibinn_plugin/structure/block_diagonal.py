@@ -13,10 +13,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from pibinn_plugin.errors import StructureError
-from pibinn_plugin.structure.base import Shape, Structure, constant, matrix_shape, refuse_leftover, whole_number
+from pibinn_plugin.structure.base import (
+    Shape,
+    Structure,
+    constant,
+    matrix_shape,
+    refuse_leftover,
+    short,
+    whole_number,
+    whole_numbers,
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BlockDiagonal(Structure):
     """Blocks along the diagonal: equal ones from their number, uneven ones from their rows and columns.
 
@@ -54,7 +63,7 @@ class BlockDiagonal(Structure):
             object.__setattr__(self, "blocks", whole_number(self.blocks))
         for name in ("rows", "columns", "row_order", "column_order"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(map(whole_number, value)))
+                object.__setattr__(self, name, whole_numbers(value))
         if (self.rows is None) != (self.columns is None) or (self.row_order is None) != (self.column_order is None):
             raise StructureError(f"give rows and columns, and row_order and column_order, together; got {self}")
         if self.rows is not None and self.columns is not None:
@@ -63,14 +72,16 @@ class BlockDiagonal(Structure):
             raise StructureError(f"expected at least one block, or the rows and columns of each; got {self}")
         for order in (self.row_order, self.column_order):
             if order is not None and sorted(order) != list(range(len(order))):
-                raise StructureError(f"an order must hold each of 0..{len(order) - 1} once; got {order[:8]}...")
+                raise StructureError(f"an order must hold each of 0..{len(order) - 1} once; got {short(order)}")
         self._keep_indices()
 
     def _take_uneven_blocks(self, rows: tuple[int, ...], columns: tuple[int, ...]) -> None:
         if len(rows) != len(columns) or min((*rows, *columns), default=-1) < 0:
-            raise StructureError(f"expected as many rows as columns, none negative; got rows={rows}, columns={columns}")
+            raise StructureError(
+                f"expected as many rows as columns, none negative; got rows={short(rows)}, columns={short(columns)}"
+            )
         if sum(r * c for r, c in zip(rows, columns, strict=True)) == 0:
-            raise StructureError(f"blocks of rows={rows} and columns={columns} leave no weight")
+            raise StructureError(f"blocks of rows={short(rows)} and columns={short(columns)} leave no weight")
         if self.blocks not in (None, len(rows)):
             raise StructureError(f"blocks={self.blocks}, but rows and columns describe {len(rows)} blocks")
         object.__setattr__(self, "blocks", len(rows))
@@ -98,7 +109,7 @@ class BlockDiagonal(Structure):
         return (rows // self._count,) * self._count, (columns // self._count,) * self._count
 
     @override
-    def check(self, shape: Shape) -> None:
+    def _check(self, shape: Shape) -> None:
         rows, columns = matrix_shape(shape)
         if self.rows is not None and self.columns is not None:
             if (sum(self.rows), sum(self.columns)) != (rows, columns):
@@ -106,7 +117,7 @@ class BlockDiagonal(Structure):
                     f"blocks of {sum(self.rows)} rows and {sum(self.columns)} columns in all do not fit a weight of "
                     f"shape {tuple(shape)}, a {rows} x {columns} matrix"
                 )
-        elif len(shape) < 2 or shape[0] % self._count or shape[1] % self._count or rows * columns == 0:
+        elif len(shape) < 2 or shape[0] % self._count or shape[1] % self._count:
             both = math.gcd(*shape[:2])
             raise StructureError(
                 f"{self.blocks} equal blocks do not fit a weight of shape {tuple(shape)}: what fits is a divisor of "

@@ -1,5 +1,9 @@
 """`structure_from_operator`: read the structure of a weight off the physics operator it is learned for."""
 
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,136 +13,101 @@ from pibinn_plugin.errors import StructureError
 from pibinn_plugin.structure.banded import Banded
 from pibinn_plugin.structure.base import Structure
 from pibinn_plugin.structure.block_diagonal import BlockDiagonal
+from pibinn_plugin.structure.components import components
 from pibinn_plugin.structure.dense import Dense
 from pibinn_plugin.structure.mask import Mask
+from pibinn_plugin.structure.operator_support import OperatorSupport, SmallEntriesWarning, operator_support
 
-_PROBES = 256  # unit vectors given to a matrix-free operator at a time
+_LEAST_MASK = 20  # bytes: no mask is stored in fewer
 
 
-def structure_from_operator(operator: Any, columns: int | None = None, tolerance: float = 0.0) -> Structure:
-    """The structure of a physics operator ``A``, an ``m x n`` matrix.
+def structure_from_operator(operator: Any, columns: int | None = None, tolerance: float | None = None) -> Structure:
+    """The structure of a physics operator ``A``, an ``m x n`` matrix: the one of the fewest nonzeros.
 
-    Block-diagonal where the support of ``A`` falls into several connected components (up to a permutation of its rows
-    and columns, which the structure then holds), otherwise banded where the support fills at least half of a band,
-    otherwise its mask; `Dense` where ``A`` has no zero. Use ``.transposed()`` for a weight shaped like the adjoint.
+    That is its support. It is described in the fewest bytes: as dense, as a band, as blocks (equal or uneven, up to a
+    permutation of rows and columns, which the structure then holds) or as a mask. Rows and columns of zeros are in no
+    block. Use ``.transposed()`` for a weight shaped like the adjoint.
+
+    Rounding of the operator's own computation, such as that of an FFT, is no support. Entries count as zero that are
+    at most ``2 eps log2(max(m, n, 16))`` times the largest entry of their connected component, eps being that of the
+    operator's dtype, and that do not look like the lower end of larger entries; `operator_support` says how.
 
     Args:
         operator: a dense matrix, a torch sparse matrix, or an object with a method ``A`` that maps ``(batch, n)`` to
-            ``(batch, m)``; the last is probed with the ``n`` unit vectors.
+            ``(batch, m)``; the last is probed with the ``n`` unit vectors, in the dtype of the tensors it holds.
         columns: ``n``, for a matrix-free operator without a ``shape``.
-        tolerance: entries of at most ``tolerance * max|A|`` count as zero.
+        tolerance: instead, entries of at most ``tolerance * max|A|`` count as zero; 0 keeps all.
+
+    Warns:
+        SmallEntriesWarning: nonzero entries were taken for rounding: how many, the largest of them, and the smallest
+            entry that was kept; not with a tolerance that was given.
 
     Raises:
-        StructureError: not a matrix or operator, a NaN or infinite entry, or no nonzero entry at all.
+        StructureError: not a matrix or operator, one that is complex or not linear, a ``columns`` or a ``shape`` that
+            is not what it has, a NaN or infinite entry, or no nonzero entry at all.
 
     Example:
         >>> structure_from_operator(torch.block_diag(torch.ones(2, 3), torch.ones(2, 3)))
         BlockDiagonal(blocks=2, rows=None, columns=None, row_order=None, column_order=None)
     """
-    rows, columns, row_index, column_index = _support(operator, columns, tolerance)
-    if len(row_index) == rows * columns:
-        return Dense()
-    return (
-        _as_blocks(rows, columns, row_index, column_index)
-        or _as_band(rows, columns, row_index, column_index)
-        or _as_mask(rows, columns, row_index, column_index)
-    )
+    support = operator_support(operator, columns, tolerance)
+    if support.dropped and tolerance is None:
+        warnings.warn(SmallEntriesWarning(support), stacklevel=2)
+    best = min(_rules(support), key=lambda rule: len(rule.to_bytes()), default=None)
+    if best is not None and len(best.to_bytes()) <= _LEAST_MASK:
+        return best
+    try:
+        mask = _as_mask(support)
+    except StructureError:  # of more elements than a mask may have
+        if best is None:
+            raise
+        return best
+    return mask if best is None or len(mask.to_bytes()) < len(best.to_bytes()) else best
 
 
-def _support(operator: Any, columns: int | None, tolerance: float) -> tuple[int, int, Tensor, Tensor]:
-    """``m``, ``n``, and the row and column index of each nonzero entry."""
-    if isinstance(operator, Tensor):
-        if operator.dim() != 2:
-            raise StructureError(f"expected a matrix; got a tensor of shape {tuple(operator.shape)}")
-        coordinates = operator.detach().cpu().to_sparse_coo().coalesce()
-        (rows, n), (row_index, column_index) = operator.shape, coordinates.indices()
-        values = coordinates.values() if operator.dtype != torch.bool else coordinates.values().int()
-    elif callable(getattr(operator, "A", None)):
-        rows, n, row_index, column_index, values = _probe(operator, columns)
-    else:
-        raise StructureError(
-            f"expected a matrix or an object with methods A and A_adjoint; got {type(operator).__name__}"
-        )
-    if not values.isfinite().all():
-        raise StructureError("the operator has a NaN or infinite entry")
-    magnitudes = values.abs()
-    keep = magnitudes > tolerance * magnitudes.max() if len(magnitudes) else magnitudes.bool()
-    if not keep.any():
-        raise StructureError(f"a {rows} x {n} operator without a nonzero entry has no structure")
-    return int(rows), int(n), row_index[keep], column_index[keep]
-
-
-def _probe(operator: Any, columns: int | None) -> tuple[int, int, Tensor, Tensor, Tensor]:
-    if columns is None:
-        if not hasattr(operator, "shape"):
-            raise StructureError(
-                f"{type(operator).__name__} has no shape: pass columns=, the number of unknowns that A maps from"
-            )
-        columns = int(operator.shape[-1])
-    pieces = []
-    for start in range(0, columns, _PROBES):
-        count = min(_PROBES, columns - start)
-        units = torch.zeros(count, columns)
-        units[torch.arange(count), start + torch.arange(count)] = 1.0
-        images = operator.A(units).detach().cpu().reshape(count, -1)
-        unit, row = images.nonzero(as_tuple=True)
-        pieces.append((row, unit + start, images[unit, row]))
-    row_index, column_index, values = (torch.cat(piece) for piece in zip(*pieces, strict=True))
-    return images.shape[1], columns, row_index, column_index, values
-
-
-def _as_blocks(rows: int, columns: int, row_index: Tensor, column_index: Tensor) -> BlockDiagonal | None:
-    label = _connected_components(rows, columns, row_index, column_index)
-    # A row or column of zeros belongs to no block: all of them go into empty blocks at the end.
-    used_row = torch.zeros(rows, dtype=torch.bool).index_fill(0, row_index, True)
-    used_column = torch.zeros(columns, dtype=torch.bool).index_fill(0, column_index, True)
-    empty_row, empty_column = rows + columns, rows + columns + 1
-    row_label = torch.where(used_row, label[:rows], empty_row)
-    column_label = torch.where(used_column, label[rows:], empty_column)
-    labels = torch.cat([row_label, column_label]).unique()
-    if len(labels) == 1:
-        return None
-    block_rows, block_columns = _count(row_label, labels), _count(column_label, labels)
-    row_order, column_order = row_label.argsort(stable=True), column_label.argsort(stable=True)
-    ordered = bool((row_order.diff() == 1).all() and (column_order.diff() == 1).all())
-    return BlockDiagonal(
-        rows=tuple(block_rows.tolist()),
-        columns=tuple(block_columns.tolist()),
-        row_order=None if ordered else tuple(row_order.tolist()),
-        column_order=None if ordered else tuple(column_order.tolist()),
-    )
-
-
-def _count(values: Tensor, labels: Tensor) -> Tensor:
-    return torch.zeros(len(labels), dtype=torch.int64).index_add(
-        0, torch.searchsorted(labels, values), torch.ones_like(values)
-    )
-
-
-def _connected_components(rows: int, columns: int, row_index: Tensor, column_index: Tensor) -> Tensor:
-    """The smallest node of each node's component in the bipartite graph of rows (first) and columns."""
-    label = torch.arange(rows + columns)
-    column_node = column_index + rows
-    while True:
-        least = torch.minimum(label[row_index], label[column_node])
-        new = label.clone()
-        # The label of a node's label takes part too, which halves the distance to the root in each round.
-        for node in (row_index, column_node, label[row_index], label[column_node]):
-            new = new.scatter_reduce(0, node, least, "amin")
-        new = new[new]
-        if torch.equal(new, label):
-            return label
-        label = new
-
-
-def _as_band(rows: int, columns: int, row_index: Tensor, column_index: Tensor) -> Banded | None:
-    offset = column_index - row_index
+def _rules(support: OperatorSupport) -> Iterator[Structure]:
+    """The structures other than a mask that are exactly this support."""
+    shape, nnz = (support.rows, support.columns), len(support.row_index)
+    if nnz == support.rows * support.columns:
+        yield Dense()
+        return
+    offset = support.column_index - support.row_index
     band = Banded(lower=max(0, -int(offset.min())), upper=max(0, int(offset.max())))
-    fill = len(row_index) / band.nnz((rows, columns))
-    return band if fill >= 0.5 and band.nnz((rows, columns)) < rows * columns else None
+    if band.nnz(shape) == nnz:
+        yield band
+    blocks = _as_blocks(support)
+    if blocks.nnz(shape) == nnz:
+        yield blocks
 
 
-def _as_mask(rows: int, columns: int, row_index: Tensor, column_index: Tensor) -> Mask:
-    flags = torch.zeros(rows, columns, dtype=torch.bool)
-    flags[row_index, column_index] = True
-    return Mask(flags)
+def _as_blocks(support: OperatorSupport) -> BlockDiagonal:
+    """The connected components as blocks, and between them blocks without rows or columns for those of zeros."""
+    row_label, column_label = components(support.rows, support.columns, support.row_index, support.column_index)
+    row_place = _places(row_label, support.row_index, 1)
+    column_place = _places(column_label, support.column_index, 2)
+    places = torch.cat([row_place, column_place]).unique()
+    row_order, column_order = row_place.argsort(stable=True), column_place.argsort(stable=True)
+    is_ordered = bool((row_order.diff() == 1).all() and (column_order.diff() == 1).all())
+    return BlockDiagonal(
+        rows=_counts(row_place, places),
+        columns=_counts(column_place, places),
+        row_order=None if is_ordered else tuple(row_order.tolist()),
+        column_order=None if is_ordered else tuple(column_order.tolist()),
+    )
+
+
+def _places(label: Tensor, used: Tensor, empty: int) -> Tensor:
+    """Where the rows (or columns) stand: with their component; those of zeros behind it, ``empty`` of three steps."""
+    is_used = torch.zeros(len(label), dtype=torch.bool).index_fill(0, used, True)
+    last_used = torch.where(is_used, torch.arange(len(label)), -1).cummax(0).values
+    place = torch.where(last_used >= 0, 3 * label[last_used.clamp(min=0)], -3)
+    return torch.where(is_used, place, place + empty)
+
+
+def _counts(place: Tensor, places: Tensor) -> tuple[int, ...]:
+    return tuple(torch.bincount(torch.searchsorted(places, place), minlength=len(places)).tolist())
+
+
+def _as_mask(support: OperatorSupport) -> Mask:
+    positions = support.row_index * support.columns + support.column_index
+    return Mask.from_positions(positions.sort().values, (support.rows, support.columns))

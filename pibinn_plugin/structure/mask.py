@@ -6,29 +6,35 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import override
 
 from pibinn_plugin.errors import StructureError
 from pibinn_plugin.structure import mask_encoding
-from pibinn_plugin.structure.base import Shape, Structure, constant, matrix_shape, whole_number
+from pibinn_plugin.structure.base import Shape, Structure, check_shape, constant, matrix_shape, short, whole_numbers
 
-_LARGEST = 2**31  # elements: what is read from a file must not allocate without bound
+_MOST_ELEMENTS = 2**31
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Mask(Structure):
     """Any pattern, kept as the cheapest of a bitmap, sparse rows (CSR-like) and sparse rows of tiles (BSR-like).
+
+    A mask that is read from bytes takes time and memory in proportion to the bytes, and so does its number of
+    nonzeros, `nnz`: the nonzeros themselves are made when `positions` is first asked for.
 
     Args:
         pattern: boolean or number, in the shape of the weight; what is not zero is a structural nonzero.
 
     Raises:
-        StructureError: an empty pattern, or one without a nonzero.
+        StructureError: a pattern that is no array of numbers, that is empty, without a nonzero or of more than 2³¹
+            elements, or that holds a NaN.
 
     Example:
         >>> structure = Mask([[1, 0], [1, 1]])
@@ -45,13 +51,47 @@ class Mask(Structure):
     def __init__(self, pattern: Tensor | Sequence[Any]) -> None:
         # What is kept must serve training and export, whatever mode or default device this is called under.
         with torch.inference_mode(False), torch.device("cpu"):
-            flags = torch.as_tensor(pattern).detach().cpu() != 0
-            positions = flags.flatten().nonzero().flatten()
-            if len(positions) == 0:
-                raise StructureError(f"a mask of shape {tuple(flags.shape)} without a nonzero leaves no weight")
-            object.__setattr__(self, "shape", tuple(flags.shape))
-            object.__setattr__(self, "data", mask_encoding.encode(flags.reshape(matrix_shape(flags.shape))))
-            object.__setattr__(self, "_positions", positions)
+            try:
+                values = torch.as_tensor(pattern).detach().cpu()
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise StructureError(f"a mask is an array of numbers; got {short(pattern)}: {short(error)}") from error
+            values = values.to_dense() if values.layout != torch.strided else values
+            if values.isnan().any():
+                raise StructureError(
+                    f"a mask of shape {tuple(values.shape)} holds a NaN, which is neither zero nor not"
+                )
+            self._encode(values.flatten().nonzero().flatten(), tuple(values.shape))
+
+    @classmethod
+    def from_positions(cls, positions: Tensor, shape: Shape) -> "Mask":
+        """The mask of a weight of this shape whose structural nonzeros are at these flat indices.
+
+        Args:
+            positions: int64, each index once, ascending.
+            shape: the dense shape of the weight.
+
+        Raises:
+            StructureError: no positions, or a shape of more than 2³¹ elements.
+
+        Example:
+            >>> Mask.from_positions(torch.tensor([0, 3]), (2, 2)) == Mask([[1, 0], [0, 1]])
+            True
+        """
+        mask = cls.__new__(cls)
+        with torch.inference_mode(False), torch.device("cpu"):
+            mask._encode(positions, tuple(shape))
+        return mask
+
+    def _encode(self, positions: Tensor, shape: tuple[int, ...]) -> None:
+        if len(positions) == 0:
+            raise StructureError(f"a mask of shape {shape} without a nonzero leaves no weight")
+        _check_elements(shape)
+        self._keep(shape, mask_encoding.encode(positions, *matrix_shape(shape)), len(positions))
+
+    def _keep(self, shape: tuple[int, ...], data: bytes, nnz: int) -> None:
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "_nnz", nnz)
 
     @property
     def encoding(self) -> str:
@@ -59,13 +99,23 @@ class Mask(Structure):
         return mask_encoding.encoding_of(self.data)
 
     @override
-    def check(self, shape: Shape) -> None:
+    def _check(self, shape: Shape) -> None:
         if tuple(shape) != self.shape:
             raise StructureError(f"a mask of shape {self.shape} does not fit a weight of shape {tuple(shape)}")
 
     @override
+    def compact_shape(self, shape: Shape) -> tuple[int, ...]:
+        return (self._nnz,)  # type: ignore[attr-defined]
+
+    @override
     def positions(self, shape: Shape) -> Tensor:
-        return constant(self._positions, "cpu")  # type: ignore[attr-defined]
+        return constant(_positions_of(self), "cpu")
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        # The first use may be under export (a fake tensor) or in inference mode (no gradients).
+        with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
+            return mask_encoding.decode(self.data, *matrix_shape(self.shape)).positions()
 
     @override
     def linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
@@ -73,7 +123,9 @@ class Mask(Structure):
 
     @override
     def transposed(self) -> "Mask":
-        return Mask(self.mask(self.shape).reshape(matrix_shape(self.shape)).T)
+        rows, columns = matrix_shape(self.shape)
+        positions = self.positions(self.shape)
+        return Mask.from_positions((positions % columns * rows + positions // columns).sort().values, (columns, rows))
 
     def _payload(self) -> bytes:
         return struct.pack(f"<B{len(self.shape)}I", len(self.shape), *self.shape) + self.data
@@ -88,11 +140,32 @@ class Mask(Structure):
 
     @classmethod
     def _from_json_fields(cls, fields: dict[str, Any]) -> "Mask":
-        return cls._decoded(bytes.fromhex(fields["data"]), [whole_number(size) for size in fields["shape"]])
+        if fields.keys() != {"shape", "data"}:
+            raise TypeError(f"the fields of a mask are shape and data, not {sorted(fields)}")
+        return cls._decoded(bytes.fromhex(fields["data"]), whole_numbers(fields["shape"]))
 
     @classmethod
-    def _decoded(cls, data: bytes, shape: Shape) -> "Mask":
-        if (count := math.prod(shape)) > _LARGEST:
-            raise StructureError(f"a mask of {count} elements; expected at most {_LARGEST}")
+    def _decoded(cls, data: bytes, shape: tuple[int, ...]) -> "Mask":
+        _check_elements(shape)
         with torch.device("cpu"):
-            return cls(mask_encoding.decode(data, *matrix_shape(shape)).reshape(tuple(shape)))
+            nnz = mask_encoding.decode(data, *matrix_shape(shape)).nnz
+        if nnz == 0:
+            raise StructureError(f"a mask of shape {shape} without a nonzero leaves no weight")
+        mask = cls.__new__(cls)
+        mask._keep(shape, data, nnz)
+        return mask
+
+
+def _positions_of(mask: Mask) -> Tensor:
+    return mask._positions
+
+
+# Traced code takes the result as it is: the positions are made outside of the graph, once. This is all that
+# torch.compiler.assume_constant_result does, apart from importing the compiler, which takes seconds.
+_positions_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check_elements(shape: tuple[int, ...]) -> None:
+    check_shape(shape)
+    if (count := math.prod(shape)) > _MOST_ELEMENTS:
+        raise StructureError(f"a mask of shape {shape} has {count} elements; expected at most 2^31")

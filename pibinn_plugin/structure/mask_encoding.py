@@ -3,10 +3,14 @@
 Sparse rows are the classical pair of row pointers and column indices, each in the narrowest unsigned integer that
 holds its largest value. A tile is the largest ``height x width`` that divides the matrix and in which every tile is
 all True or all False; tiles of one element are CSR, larger ones BSR.
+
+Encoding and decoding take time and memory in proportion to the nonzeros and to the bytes, never to the elements of
+the matrix: a few bytes may describe one tile of a billion elements.
 """
 
 import math
 import struct
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,18 +22,70 @@ _HEADER = "<BII"  # encoding, tile height, tile width
 _HEADER_SIZE = struct.calcsize(_HEADER)
 
 
-def encode(flags: Tensor) -> bytes:
+@dataclass(frozen=True, eq=False)
+class TileRows:
+    """The tiles of a boolean matrix that are True, row by row.
+
+    Args:
+        columns: of the matrix, in elements.
+        height: of a tile.
+        width: of a tile.
+        counts: int64, the number of True tiles in each row of tiles.
+        tile_columns: int64, the column of each True tile, in tiles, row by row and ascending in each row.
+    """
+
+    columns: int
+    height: int
+    width: int
+    counts: Tensor
+    tile_columns: Tensor
+
+    @property
+    def nnz(self) -> int:
+        """The number of True elements."""
+        return len(self.tile_columns) * self.height * self.width
+
+    def positions(self) -> Tensor:
+        """int64, shape ``(nnz,)``: the flat index of each True element, ascending."""
+        # A line is one row of elements of one tile. Those of a row of tiles come row by row of elements.
+        lines = self.counts * self.height
+        tile_row = torch.arange(len(lines)).repeat_interleave(lines)
+        in_tile_row = torch.arange(len(tile_row)) - (lines.cumsum(0) - lines)[tile_row]
+        row = tile_row * self.height + in_tile_row // self.counts[tile_row]
+        tile = (self.counts.cumsum(0) - self.counts)[tile_row] + in_tile_row % self.counts[tile_row]
+        first = row * self.columns + self.tile_columns[tile] * self.width
+        return (first[:, None] + torch.arange(self.width)).flatten()
+
+
+def encode(positions: Tensor, rows: int, columns: int) -> bytes:
     """The cheapest encoding of a boolean matrix.
 
+    Args:
+        positions: int64, the flat index of each True element, ascending; at least one.
+        rows: of the matrix.
+        columns: of the matrix.
+
     Example:
-        >>> encoding_of(encode(torch.block_diag(*[torch.ones(16, 16)] * 32) != 0))
+        >>> blocks = torch.block_diag(*[torch.ones(16, 16)] * 32)
+        >>> encoding_of(encode(blocks.flatten().nonzero().flatten(), 512, 512))
         'bsr'
     """
-    candidates = [_encode_bitmap(flags), _encode_sparse_rows(flags, 1, 1)]
-    height, width = _tile(flags), _tile(flags.T)
-    if height * width > 1:
-        candidates.append(_encode_sparse_rows(flags, height, width))
-    return min(candidates, key=len)
+    row, column = positions // columns, positions % columns
+    by_column = column.argsort(stable=True)
+    height, width = _repeats(row, column, rows), _repeats(column[by_column], row[by_column], columns)
+    sizes = {
+        (_BITMAP, 1, 1): -(-rows * columns // 8),
+        (_SPARSE_ROWS, 1, 1): _size_of_sparse_rows(len(positions), rows, columns),
+    }
+    tiles = len(positions) // (height * width)
+    sizes.setdefault((_SPARSE_ROWS, height, width), _size_of_sparse_rows(tiles, rows // height, columns // width))
+    encoding, height, width = min(sizes, key=lambda choice: sizes[choice])
+    header = struct.pack(_HEADER, encoding, height, width)
+    if encoding == _BITMAP:
+        flags = torch.zeros(rows * columns, dtype=torch.bool).index_fill(0, positions, True)
+        return header + _tensor_to_bytes(pack_bits(flags), 1)
+    is_first = (row % height == 0) & (column % width == 0)
+    return header + _sparse_rows(row[is_first] // height, column[is_first] // width, rows // height, columns // width)
 
 
 def encoding_of(data: bytes) -> str:
@@ -46,53 +102,74 @@ def tile_of(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def decode(data: bytes, rows: int, columns: int) -> Tensor:
-    """Invert `encode`: boolean, shape ``(rows, columns)``.
+def decode(data: bytes, rows: int, columns: int) -> TileRows:
+    """Invert `encode`, as far as the bytes go: no element is made.
 
     Raises:
         ValueError: the bytes are not the encoding of a matrix of this size.
     """
     encoding, height, width = struct.unpack_from(_HEADER, data)
     body = data[_HEADER_SIZE:]
-    if encoding == _BITMAP:
-        _check_size(body, -(-rows * columns // 8))
-        return unpack_bits(_bytes_to_tensor(body, 1).to(torch.uint8), rows * columns).reshape(rows, columns)
+    if encoding == _BITMAP and height == width == 1:
+        return _decode_bitmap(body, rows, columns)
     if encoding != _SPARSE_ROWS or height < 1 or width < 1 or rows % height or columns % width:
         raise ValueError(f"encoding {encoding} with tiles of {height} x {width} in a {rows} x {columns} matrix")
-    tiles = _decode_sparse_rows(body, rows // height, columns // width)
-    return tiles.repeat_interleave(height, 0).repeat_interleave(width, 1)
+    counts, tile_columns = _decode_sparse_rows(body, rows // height, columns // width)
+    return TileRows(columns, height, width, counts, tile_columns)
 
 
-def _encode_bitmap(flags: Tensor) -> bytes:
-    return struct.pack(_HEADER, _BITMAP, 1, 1) + _tensor_to_bytes(pack_bits(flags.flatten()), 1)
+def _decode_bitmap(body: bytes, rows: int, columns: int) -> TileRows:
+    if len(body) != (expected := -(-rows * columns // 8)):
+        raise ValueError(f"{len(body)} bytes where {expected} were expected")
+    flags = unpack_bits(_bytes_to_tensor(body, 1).to(torch.uint8), 8 * len(body))
+    if flags[rows * columns :].any():
+        raise ValueError("a bit is set behind the last element")
+    flags = flags[: rows * columns].reshape(rows, columns)
+    return TileRows(columns, 1, 1, flags.sum(1), flags.flatten().nonzero().flatten() % columns)
 
 
-def _encode_sparse_rows(flags: Tensor, height: int, width: int) -> bytes:
-    tiles = flags[::height, ::width]
-    pointers = torch.cat([torch.zeros(1, dtype=torch.int64), tiles.sum(1).cumsum(0)])
-    indices = tiles.nonzero()[:, 1]
-    body = _tensor_to_bytes(pointers, _pointer_width(tiles.numel()))
-    return struct.pack(_HEADER, _SPARSE_ROWS, height, width) + body + _tensor_to_bytes(indices, _width(tiles.shape[1]))
+def _sparse_rows(row: Tensor, column: Tensor, rows: int, columns: int) -> bytes:
+    counts = torch.bincount(row, minlength=rows)
+    pointers = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return _tensor_to_bytes(pointers, _pointer_width(rows * columns)) + _tensor_to_bytes(column, _width(columns))
 
 
-def _decode_sparse_rows(body: bytes, rows: int, columns: int) -> Tensor:
+def _size_of_sparse_rows(nnz: int, rows: int, columns: int) -> int:
+    return (rows + 1) * _pointer_width(rows * columns) + nnz * _width(columns)
+
+
+def _decode_sparse_rows(body: bytes, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The number of nonzeros of each row, and their columns."""
     pointer_bytes = _pointer_width(rows * columns) * (rows + 1)
     pointers = _bytes_to_tensor(body[:pointer_bytes], _pointer_width(rows * columns))
     indices = _bytes_to_tensor(body[pointer_bytes:], _width(columns))
-    if len(pointers) != rows + 1 or pointers[0] != 0 or pointers[-1] != len(indices) or (pointers.diff() < 0).any():
+    counts = pointers.diff()
+    if len(pointers) != rows + 1 or pointers[0] != 0 or pointers[-1] != len(indices) or (counts < 0).any():
         raise ValueError(f"row pointers do not describe {rows} rows of {len(indices)} indices")
     if (indices >= columns).any():
         raise ValueError(f"a column index beyond {columns} columns")
-    tiles = torch.zeros(rows, columns, dtype=torch.bool)
-    tiles[torch.arange(rows).repeat_interleave(pointers.diff()), indices] = True
-    return tiles
+    places = torch.arange(rows).repeat_interleave(counts) * columns + indices
+    if (places.diff() <= 0).any():
+        raise ValueError("the column indices of a row do not ascend")
+    return counts, indices
 
 
-def _tile(flags: Tensor) -> int:
-    """The largest divisor of the number of rows such that all rows of a group of that many are the same."""
-    rows = flags.shape[0]
-    starts = (flags[1:] != flags[:-1]).any(1).nonzero().flatten() + 1  # where a row differs from the one before
-    return math.gcd(rows, *starts.tolist())
+def _repeats(line: Tensor, place: Tensor, lines: int) -> int:
+    """The largest divisor of the number of lines such that all lines of a group of that many are the same.
+
+    Args:
+        line: the line of each nonzero, ascending.
+        place: its place in the line, ascending in each.
+        lines: how many there are.
+    """
+    counts = torch.bincount(line, minlength=lines)
+    differs = counts.diff() != 0  # line i + 1 from line i
+    # Where two lines have as many nonzeros, the counterpart of each stands as many before it.
+    counterpart = torch.arange(len(line)) - counts[line]
+    is_other = (counterpart >= 0) & (place != place[counterpart])
+    changed = line[is_other]
+    differs[changed[changed > 0] - 1] = True
+    return math.gcd(lines, *(differs.nonzero().flatten() + 1).tolist())
 
 
 def _pointer_width(largest: int) -> int:
@@ -116,8 +193,3 @@ def _bytes_to_tensor(data: bytes, width: int) -> Tensor:
         return torch.zeros(0, dtype=torch.int64)
     octets = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return (octets.reshape(-1, width).long() << (8 * torch.arange(width))).sum(1)
-
-
-def _check_size(body: bytes, expected: int) -> None:
-    if len(body) != expected:
-        raise ValueError(f"{len(body)} bytes where {expected} were expected")

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lightning_modules.block_patterns import BlockPatterns
-from lightning_modules.data.bsds500 import BSD68, BSDS500, read_grey_image
+from lightning_modules.data.bsds500 import BSD68, BSDS500
 from lightning_modules.data.files import DataFileError
+from lightning_modules.data.images import read_grey_image
 from lightning_modules.data.resumable_loader import EpochSampler, ResumableLoader
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "bsds500"
@@ -183,6 +184,8 @@ def test_pixels_are_in_unit_range(folder):
     ("arguments", "match"),
     [
         ({"noise_level": -1.0}, "noise_level is -1"),
+        ({"noise_level": float("nan")}, "noise_level is nan"),
+        ({"noise_level": float("inf")}, "noise_level is inf"),
         ({"seed": -1}, "seed is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"calibration_patches": 0}, "calibration_patches 0"),

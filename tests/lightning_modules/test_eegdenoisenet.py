@@ -226,6 +226,9 @@ def test_a_killed_run_resumes_with_the_same_batches(folder, tmp_path, every):
     [
         ({"artifact": "ECG"}, "ECG"),
         ({"snr_range_db": (4.0, -14.0)}, r"\(4.0, -14.0\)"),
+        ({"snr_range_db": (-14.0, 4.0, 8.0)}, r"\(-14.0, 4.0, 8.0\)"),
+        ({"snr_range_db": (float("nan"), 4.0)}, "nan"),
+        ({"snr_range_db": (0.0, float("inf"))}, "inf"),
         ({"val_fraction": 0.0}, "0.0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),

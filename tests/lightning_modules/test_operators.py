@@ -209,6 +209,9 @@ class ShortAdjoint(Blur):
     [
         (lambda: BlockOperator(torch.ones(2, 3)), "finite blocks"),
         (lambda: BlockOperator(torch.full((1, 2, 2), math.nan)), "finite blocks"),
+        (lambda: BlockOperator(torch.ones(1, 2, 2, dtype=torch.complex64)), "finite blocks .* got torch.complex64"),
+        (lambda: DenseOperator(torch.eye(2, dtype=torch.int64)), "of real numbers; got torch.int64"),
+        (lambda: CircularConvolution(torch.tensor([1j, 1j, 0]), [8]), "real, finite kernel"),
         (lambda: DenseOperator(torch.ones(2)), r"expected a matrix .* shape \(2,\)"),
         (lambda: SparseSigns(4, 8, 5), "nonzeros=5"),
         (lambda: SubsampledDCT(9, 8), "rows=9, columns=8"),

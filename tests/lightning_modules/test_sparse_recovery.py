@@ -74,7 +74,17 @@ def test_fixed_pairs_that_do_not_exist_are_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"sparsity": 0.0}, {"batch_size": 0}, {"seed": -1}, {"training_pairs": 0}, {"training_pairs": 65}]
+    "wrong",
+    [
+        {"sparsity": 0.0},
+        {"sparsity": float("nan")},
+        {"snr_db": float("nan")},
+        {"snr_db": float("-inf")},
+        {"batch_size": 0},
+        {"seed": -1},
+        {"training_pairs": 0},
+        {"training_pairs": 65},
+    ],
 )
 def test_arguments_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}(=| is ){next(iter(wrong.values()))}"):

@@ -10,13 +10,21 @@ from lightning_modules.solvers.structured_layer import structured_layer
 OPERATORS = {
     "blocks": (GaussianBlocks(3, 2, 4), pb.BlockDiagonal),
     "one block": (GaussianBlocks(1, 3, 5), None),
-    "hidden blocks": (BlockOperator(torch.block_diag(torch.ones(2, 3), torch.ones(1, 2))[None]), pb.BlockDiagonal),
+    "hidden blocks": (BlockOperator(torch.block_diag(torch.ones(6, 9), torch.ones(3, 6))[None]), pb.BlockDiagonal),
     "band": (BlockOperator(torch.ones(1, 4, 4).tril().triu(-1)), pb.Banded),
     "mask": (SparseSigns(6, 9, 2), pb.Mask),
     "circulant": (CircularConvolution([1.0, 2.0, 3.0], [8]), pb.Mask),
 }
+ROUNDING = pytest.mark.filterwarnings("ignore::pibinn_plugin.structure.SmallEntriesWarning")
 
 
+def exact_adjoint(operator):
+    """The blocks of the adjoint without the rounding of an FFT."""
+    adjoint = operator_blocks(operator).mT
+    return torch.where(adjoint.abs() < 1e-6, 0.0, adjoint)
+
+
+@ROUNDING
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_it_starts_as_the_matrix_and_keeps_its_structure(kind):
     operator, structure = OPERATORS[kind]
@@ -27,16 +35,16 @@ def test_it_starts_as_the_matrix_and_keeps_its_structure(kind):
     assert isinstance(getattr(layer, "structure", None), structure or type(None))
     assert layer.weight.is_contiguous()
     if len(adjoint) == 1:
-        assert layer.weight.numel() == adjoint.count_nonzero()
+        assert layer.weight.numel() == exact_adjoint(operator).count_nonzero()
 
 
+@ROUNDING
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_one_bit_weights_stay_inside_the_structure(kind):
     operator, _ = OPERATORS[kind]
-    adjoint = operator_blocks(operator).mT
-    model = pb.prepare(torch.nn.Sequential(structured_layer(adjoint)), {"0.weight": None})
+    model = pb.prepare(torch.nn.Sequential(structured_layer(operator_blocks(operator).mT)), {"0.weight": None})
     y = torch.randn(4, operator.shape[0])
-    signs = torch.block_diag(*adjoint).sign() * pb.global_scale(model)()
+    signs = torch.block_diag(*exact_adjoint(operator)).sign() * pb.global_scale(model)()
     torch.testing.assert_close(model(y), y @ signs.T)
     torch.testing.assert_close(pb.convert(model)(y), y @ signs.T)
 

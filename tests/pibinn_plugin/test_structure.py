@@ -1,6 +1,5 @@
 """Structures against masks drawn element by element, and what must hold of any structure."""
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -12,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from structure_cases import patterns, ruled_structures, structures
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pibinn_plugin import PIBiNNError, StructureError, prepare
+from pibinn_plugin import StructureError, prepare
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask, Structure, matrix_shape
-
-sizes = st.integers(1, 7)
 
 
 def drawn_mask(structure, shape):
@@ -40,55 +39,6 @@ def drawn_mask(structure, shape):
             else:
                 mask[row_order[i], column_order[j]] = block_of_row[i] == block_of_column[j]
     return torch.from_numpy(mask).reshape(shape)
-
-
-@st.composite
-def dense(draw):
-    return Dense(), tuple(draw(st.lists(sizes, min_size=2, max_size=4)))
-
-
-@st.composite
-def banded(draw):
-    rows, columns = draw(st.tuples(sizes, sizes))
-    return Banded(draw(st.integers(0, rows - 1)), draw(st.integers(0, columns - 1))), (rows, columns)
-
-
-@st.composite
-def block_diagonal(draw):
-    blocks = draw(st.integers(1, 4))
-    orders = {}
-    if draw(st.booleans()):
-        heights = draw(st.lists(st.integers(0, 4), min_size=blocks, max_size=blocks))
-        widths = draw(st.lists(st.integers(0, 4), min_size=blocks, max_size=blocks))
-        heights[0], widths[0] = max(1, heights[0]), max(1, widths[0])
-        shape, fields = (sum(heights), sum(widths)), {"rows": heights, "columns": widths}
-    else:
-        kernel = draw(st.sampled_from([(), (3,), (2, 2)]))
-        shape = (blocks * draw(st.integers(1, 3)), blocks * draw(st.integers(1, 3)), *kernel)
-        fields = {"blocks": blocks}
-    if draw(st.booleans()):
-        orders["row_order"] = draw(st.permutations(range(shape[0])))
-        orders["column_order"] = draw(st.permutations(range(int(np.prod(shape[1:])))))
-    return BlockDiagonal(**fields, **orders), shape
-
-
-@st.composite
-def patterns(draw):
-    shape = draw(st.one_of(st.tuples(sizes, sizes), st.tuples(sizes, sizes, sizes)))
-    count = int(np.prod(shape))
-    flags = draw(st.lists(st.booleans(), min_size=count, max_size=count))
-    flags[draw(st.integers(0, count - 1))] = True
-    pattern = torch.tensor(flags).reshape(shape)
-    height, width = draw(st.sampled_from([(1, 1), (1, 1), (2, 3), (4, 1)]))  # tiles too
-    return pattern.repeat_interleave(height, 0).repeat_interleave(width, 1)
-
-
-def ruled_structures():
-    return st.one_of(dense(), banded(), block_diagonal())
-
-
-def structures():
-    return st.one_of(ruled_structures(), patterns().map(lambda pattern: (Mask(pattern), tuple(pattern.shape))))
 
 
 matrices = structures().filter(lambda case: len(case[1]) == 2)
@@ -181,6 +131,17 @@ def test_linear_of_the_transposed_structure_is_the_adjoint(case):
     assert structure.transposed().transposed().mask(shape).equal(structure.mask(shape))
 
 
+def test_transposed_blocks_exchange_sizes_and_orders():
+    orders = {"row_order": (2, 0, 1), "column_order": (3, 1, 0, 2)}
+    exchanged = {"row_order": (3, 1, 0, 2), "column_order": (2, 0, 1)}
+    uneven = BlockDiagonal(rows=(1, 2), columns=(3, 1), **orders)
+    assert uneven.transposed() == BlockDiagonal(rows=(3, 1), columns=(1, 2), **exchanged)
+    assert BlockDiagonal(1, **orders).transposed() == BlockDiagonal(1, **exchanged)
+    square = BlockDiagonal(2, row_order=(0, 2, 1, 3), column_order=(0, 1, 2, 3))
+    assert torch.equal(square.transposed().mask((4, 4)), square.mask((4, 4)).T)
+    assert not torch.equal(square.mask((4, 4)), square.mask((4, 4)).T)
+
+
 @pytest.mark.parametrize(
     ("structure", "shape"),
     [
@@ -209,6 +170,38 @@ def test_training_after_a_first_call_in_inference_mode(structure):
     with torch.inference_mode():
         structure.linear(torch.ones(4), compact, (4, 4))
     structure.linear(torch.ones(4, requires_grad=True), compact, (4, 4)).sum().backward()
+    assert torch.equal(compact.grad, torch.ones_like(compact))
+
+
+@pytest.mark.parametrize("first", ["compile", "export", "fake", "inference", "meta"])
+@pytest.mark.parametrize(
+    "pattern", [torch.arange(64).reshape(8, 8) % 3 == 0, torch.eye(64), torch.block_diag(*[torch.ones(8, 8)] * 8)]
+)
+def test_a_mask_from_bytes_may_be_used_first_in_any_mode(first, pattern):
+    """Its positions are made at first use: they must be real tensors that serve every later one."""
+    structure, shape = Structure.from_bytes(Mask(pattern).to_bytes()), tuple(pattern.shape)
+    compact = torch.randn(structure.compact_shape(shape))
+    expected = torch.zeros(shape)
+    expected[pattern != 0] = compact
+    module = nn.Module()
+    module.forward = lambda values: structure.to_dense(values, shape)
+    if first == "compile":
+        assert torch.equal(torch.compile(module.forward, fullgraph=True, backend="aot_eager")(compact), expected)
+    elif first == "export":
+        assert torch.equal(torch.export.export(module, (compact,)).module()(compact), expected)
+    elif first == "fake":
+        with FakeTensorMode() as mode:
+            assert structure.to_dense(mode.from_tensor(compact), shape).shape == shape
+    elif first == "inference":
+        with torch.inference_mode():
+            structure.to_dense(compact, shape)
+    else:
+        with torch.device("meta"):
+            structure.positions(shape)
+    compact.requires_grad_()
+    dense = structure.to_dense(compact, shape)
+    assert torch.equal(dense, expected)
+    dense.sum().backward()
     assert torch.equal(compact.grad, torch.ones_like(compact))
 
 
@@ -270,7 +263,17 @@ def test_convolution_weights_are_matrices_of_rows():
         (lambda: BlockDiagonal(2, row_order=(0, 0), column_order=(0, 1)), "once"),
         (lambda: Banded(-1, 0), "negative"),
         (lambda: Banded(0.5, 0), "whole number"),
+        (lambda: BlockDiagonal(True), "whole number"),
+        (lambda: BlockDiagonal(2**32), "at most 4294967295; got 4294967296"),
+        (lambda: BlockDiagonal(2**20000), "a number of 20001 bits"),
+        (lambda: BlockDiagonal(rows=3, columns=3), "list of whole numbers; got 3"),
+        (lambda: BlockDiagonal(rows="12", columns="12"), "list of whole numbers; got '12'"),
         (lambda: Mask(torch.zeros(2, 2)), "without a nonzero"),
+        (lambda: Mask([]), "without a nonzero"),
+        (lambda: Mask([[1, 0], [float("nan"), 0]]), "NaN"),
+        (lambda: Mask([[1, 0], [1]]), "array of numbers"),
+        (lambda: Mask("10"), "array of numbers; got '10'"),
+        (lambda: Mask.from_positions(torch.tensor([5]), (2**16, 2**15 + 1)), "2147549184 elements"),
         (lambda: BlockDiagonal(8).check((16, 12)), "divisor"),
         (lambda: BlockDiagonal(2).check((4,)), "do not fit"),
         (lambda: BlockDiagonal(rows=(1, 2), columns=(1, 2)).check((4, 3)), "do not fit"),
@@ -284,60 +287,6 @@ def test_convolution_weights_are_matrices_of_rows():
 def test_what_is_malformed_or_does_not_fit_is_refused(make, words):
     with pytest.raises(StructureError, match=words):
         make()
-
-
-@given(st.binary(max_size=40))
-def test_any_bytes_are_a_structure_or_an_error(data):
-    try:
-        structure = Structure.from_bytes(data)
-    except PIBiNNError:
-        return
-    assert Structure.from_bytes(structure.to_bytes()) == structure
-
-
-@given(structures(), st.data())
-def test_damaged_bytes_are_a_structure_or_an_error(case, data):
-    encoded = bytearray(case[0].to_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
-    with contextlib.suppress(StructureError):
-        Structure.from_bytes(bytes(encoded))
-    for wrong in (case[0].to_bytes()[:-1], case[0].to_bytes() + b"\0"):
-        with pytest.raises(StructureError):
-            Structure.from_bytes(wrong)
-
-
-def test_a_few_bytes_never_allocate_a_large_mask():
-    """One True tile of 2^31 x 2^31: the description is small, the mask would be exabytes."""
-    small = Mask(torch.block_diag(*[torch.ones(16, 16)] * 32)).to_bytes()
-    side, tile, huge = ((size).to_bytes(4, "little") for size in (512, 16, 2**26))
-    assert (small.count(side), small.count(tile)) == (2, 2)
-    with pytest.raises(StructureError, match="elements"):
-        Structure.from_bytes(small.replace(side, (2**31).to_bytes(4, "little")).replace(tile, huge))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "null",
-        "[]",
-        "{}",
-        '{"kind": "toeplitz"}',
-        '{"kind": 1, "blocks": 2}',
-        '{"kind": "block_diagonal", "blocks": "8"}',
-        '{"kind": "block_diagonal", "blocks": 1.5}',
-        '{"kind": "block_diagonal", "size": 8}',
-        '{"kind": "banded", "lower": 1}',
-        '{"kind": "mask", "shape": [2, 2], "data": "zz"}',
-        '{"kind": "mask", "shape": [2, 2], "data": "00"}',
-        '{"kind": "mask", "shape": "22", "data": ""}',
-        "[" * 100_000,
-    ],
-)
-def test_json_of_no_structure_is_refused(text):
-    with pytest.raises(StructureError):
-        Structure.from_json(text)
 
 
 def test_products_are_written_as_functional_operations():
