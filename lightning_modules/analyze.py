@@ -1,4 +1,4 @@
-"""The verb ``analyze``: the guarantees of `pibinn_plugin.analysis` for one trained solver, as tables and plots."""
+"""The verb ``analyze``: the guarantees of `lightning_modules.analysis` for one trained solver, as tables and plots."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_modules.analysis.comparison import ConvergenceComparison, compare_convergence, plain_ista
+from lightning_modules.analysis.contraction import one_bit_existence, spectral_contraction
+from lightning_modules.analysis.generalization import Generalization, generalization_bounds
+from lightning_modules.analysis.geometry import GeometryTable, network_geometry
+from lightning_modules.analysis.plots import plot_bounds, plot_convergence, plot_sign_history, plot_spectra, save_figure
+from lightning_modules.analysis.sign_history import SignHistory, read_sign_history
+from lightning_modules.analysis.unrolled import Unrolled, read_solver
 from lightning_modules.modules import SolverModule
-from pibinn_plugin.analysis.comparison import ConvergenceComparison, compare_convergence, plain_ista
-from pibinn_plugin.analysis.contraction import one_bit_existence, spectral_contraction
-from pibinn_plugin.analysis.generalization import Generalization, generalization_bounds
-from pibinn_plugin.analysis.geometry import GeometryTable, network_geometry
-from pibinn_plugin.analysis.plots import plot_bounds, plot_convergence, plot_sign_history, plot_spectra, save_figure
-from pibinn_plugin.analysis.sign_history import SignHistory, read_sign_history
-from pibinn_plugin.analysis.unrolled import Unrolled, read_solver
 from pibinn_plugin.errors import PIBiNNError
 
 __all__ = ["Analysis", "analyze", "newest_sign_history"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_modules.analysis.sign_history import SignHistory
 from lightning_modules.analyze import newest_sign_history
 from lightning_modules.cli import main
-from pibinn_plugin.analysis.sign_history import SignHistory
 
 CONFIG = Path(__file__).parents[2] / "configs" / "sparse_recovery.yaml"
 PLOTS = ["bounds.png", "convergence.png", "signs.png", "spectra.png"]

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import pibinn_plugin as pb
+from lightning_modules.analysis.finite_class import RISK_BOUNDS
+from lightning_modules.analysis.generalization import generalization_bounds, tied_layers
 from lightning_modules.data.sparse_recovery import SparseRecovery
 from lightning_modules.operators import GaussianBlocks, SignBlocks
 from lightning_modules.solvers.coupled_ista import CoupledISTA
-from pibinn_plugin.analysis.finite_class import RISK_BOUNDS
-from pibinn_plugin.analysis.generalization import generalization_bounds, tied_layers
 
 
 def examples(operator, count, seed, **options):

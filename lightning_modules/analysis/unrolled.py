@@ -147,7 +147,7 @@ def _probed(solver: Any, operator: Tensor) -> tuple[Tensor, Tensor]:
     if rows * columns > LARGEST_DENSE:
         raise PIBiNNError(
             f"layer {unfit[0]} is not block-diagonal in the blocks of the operator, and {rows} x {columns} is too "
-            f"large for one block; see pibinn_plugin.analysis.matrix_free"
+            f"large for one block; see lightning_modules.analysis.matrix_free"
         )
     return _probed(solver, torch.block_diag(*operator)[None])
 

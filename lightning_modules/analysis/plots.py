@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pibinn_plugin.analysis.comparison import ConvergenceComparison
-from pibinn_plugin.analysis.finite_class import RISK_BOUNDS
-from pibinn_plugin.analysis.generalization import Generalization
-from pibinn_plugin.analysis.geometry import GeometryTable
-from pibinn_plugin.analysis.sign_history import SignHistory
+from lightning_modules.analysis.comparison import ConvergenceComparison
+from lightning_modules.analysis.finite_class import RISK_BOUNDS
+from lightning_modules.analysis.generalization import Generalization
+from lightning_modules.analysis.geometry import GeometryTable
+from lightning_modules.analysis.sign_history import SignHistory
 from pibinn_plugin.atomic_file import atomic_file
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def plot_convergence(comparison: ConvergenceComparison) -> Figure:
 
     Example:
         >>> import torch
-        >>> from pibinn_plugin.analysis.comparison import compare_convergence, plain_ista
+        >>> from lightning_modules.analysis.comparison import compare_convergence, plain_ista
         >>> ista = plain_ista(torch.eye(4)[None], torch.full((3,), 0.1))
         >>> figure = plot_convergence(compare_convergence({"ISTA": ista}, torch.eye(4), torch.eye(4)))
         >>> figure.axes[0].get_yscale()
@@ -84,7 +84,7 @@ def plot_spectra(table: GeometryTable) -> Figure:
 
     Example:
         >>> import torch
-        >>> from pibinn_plugin.analysis.geometry import compare_geometry
+        >>> from lightning_modules.analysis.geometry import compare_geometry
         >>> A = torch.randn(2, 4, 8)
         >>> len(plot_spectra(compare_geometry({"W": A.sign()}, A)).axes[0].lines)
         2
@@ -138,8 +138,8 @@ def plot_bounds(report: Generalization, name: str = "union") -> Figure:
         ValueError: another bound.
 
     Example:
-        >>> from pibinn_plugin.analysis.generalization import ClassBounds
-        >>> from pibinn_plugin.analysis.hypothesis_class import Box, UnrolledClass
+        >>> from lightning_modules.analysis.generalization import ClassBounds
+        >>> from lightning_modules.analysis.hypothesis_class import Box, UnrolledClass
         >>> network_class = UnrolledClass(1.0, 3, (0, 0), nonzeros=(10,), rows=(3,), structure_norms=(3.0,))
         >>> bounds = ClassBounds("one-bit", network_class, Box(1.0, 1.0, 1.0, 1.0), 1.0, 100, 0.1, 0.2, 0.05)
         >>> plot_bounds(Generalization({"one-bit": bounds}, 0.1, 100)).axes[0].get_xscale()

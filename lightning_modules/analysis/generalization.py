@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pibinn_plugin.analysis.finite_class import RISK_BOUNDS, required_examples, risk_bounds
-from pibinn_plugin.analysis.hypothesis_class import KINDS, Box, UnrolledClass, unrolled_class
-from pibinn_plugin.analysis.unrolled import Unrolled, read_solver
+from lightning_modules.analysis.finite_class import RISK_BOUNDS, required_examples, risk_bounds
+from lightning_modules.analysis.hypothesis_class import KINDS, Box, UnrolledClass, unrolled_class
+from lightning_modules.analysis.unrolled import Unrolled, read_solver
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.tables import text_table
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pibinn_plugin.analysis.finite_class import (
+from lightning_modules.analysis.finite_class import (
     RISK_BOUNDS,
     SubRoot,
     local_complexity,
@@ -17,7 +17,7 @@ from pibinn_plugin.analysis.finite_class import (
     required_examples,
     risk_bounds,
 )
-from pibinn_plugin.analysis.unrolled import Unrolled
+from lightning_modules.analysis.unrolled import Unrolled
 
 LOG_SIZES = st.floats(0, 1e7)
 COUNTS = st.integers(1, 10**9)

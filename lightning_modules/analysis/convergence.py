@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pibinn_plugin.analysis.unrolled import Unrolled
+from lightning_modules.analysis.unrolled import Unrolled
 from pibinn_plugin.tables import text_table
 
 __all__ = [
@@ -261,7 +261,7 @@ def certify_constants(
     amplitude: float,
     noise: float = 0.0,
 ) -> Certificate:
-    """`certify` from the constants alone, such as those of `pibinn_plugin.analysis.matrix_free`.
+    """`certify` from the constants alone, such as those of `lightning_modules.analysis.matrix_free`.
 
     Args:
         constants: of each layer and block.

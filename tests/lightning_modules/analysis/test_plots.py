@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import pibinn_plugin as pb
+from lightning_modules.analysis.comparison import compare_convergence, plain_ista
+from lightning_modules.analysis.generalization import generalization_bounds
+from lightning_modules.analysis.geometry import compare_geometry
+from lightning_modules.analysis.plots import plot_bounds, plot_convergence, plot_sign_history, plot_spectra, save_figure
+from lightning_modules.analysis.sign_history import SignHistory, read_sign_history
+from lightning_modules.analysis.variants import weight_variants
 from lightning_modules.operators import SignBlocks
 from lightning_modules.solvers.coupled_ista import CoupledISTA
-from pibinn_plugin.analysis.comparison import compare_convergence, plain_ista
-from pibinn_plugin.analysis.generalization import generalization_bounds
-from pibinn_plugin.analysis.geometry import compare_geometry
-from pibinn_plugin.analysis.plots import plot_bounds, plot_convergence, plot_sign_history, plot_spectra, save_figure
-from pibinn_plugin.analysis.sign_history import SignHistory, read_sign_history
-from pibinn_plugin.analysis.variants import weight_variants
 from pibinn_plugin.errors import PIBiNNError
 
 matplotlib = pytest.importorskip("matplotlib")

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_modules.analysis.geometry import compare_geometry, network_geometry
+from lightning_modules.analysis.variants import weight_variants
 from pibinn_plugin import PIBiNNError, convert, global_scale, prepare
-from pibinn_plugin.analysis.geometry import compare_geometry, network_geometry
-from pibinn_plugin.analysis.variants import weight_variants
 from pibinn_plugin.errors import ScaleError, StructureError
 from pibinn_plugin.nn import BlockDiagonalLinear
 from pibinn_plugin.structure import Banded, BlockDiagonal
@@ -129,7 +129,7 @@ def test_more_samples_never_lower_the_bound_and_never_pass_the_constant():
 def test_chunks_of_samples_change_nothing(monkeypatch):
     W = draw((2, 5, 9), 0)
     whole = geometry(W, W, sparsity=3)
-    monkeypatch.setattr("pibinn_plugin.analysis.geometry.LARGEST_CHUNK", 40)
+    monkeypatch.setattr("lightning_modules.analysis.geometry.LARGEST_CHUNK", 40)
     torch.testing.assert_close(geometry(W, W, sparsity=3).distortion, whole.distortion)
 
 

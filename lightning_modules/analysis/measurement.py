@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pibinn_plugin.analysis.convergence import Certificate
-from pibinn_plugin.analysis.unrolled import Unrolled, multiply
+from lightning_modules.analysis.convergence import Certificate
+from lightning_modules.analysis.unrolled import Unrolled, multiply
 from pibinn_plugin.tables import text_table
 
 __all__ = ["Measurement", "measure", "measure_examples"]
@@ -65,7 +65,7 @@ def measure(
         ValueError: fewer than one instance.
 
     Example:
-        >>> from pibinn_plugin.analysis.convergence import certify
+        >>> from lightning_modules.analysis.convergence import certify
         >>> unrolled = Unrolled(torch.eye(4)[None], torch.eye(4)[None], torch.full((3,), 0.5))
         >>> certificate = certify(unrolled, sparsity=2, amplitude=1.0)
         >>> bool((measure(unrolled, certificate).errors.amax(1) <= certificate.errors + 1e-12).all())
@@ -97,7 +97,7 @@ def measure_examples(unrolled: Unrolled, certificate: Certificate, y: Tensor, x:
         ValueError: shapes that do not fit, or an example that does not meet the assumptions.
 
     Example:
-        >>> from pibinn_plugin.analysis.convergence import certify
+        >>> from lightning_modules.analysis.convergence import certify
         >>> unrolled = Unrolled(torch.eye(4)[None], torch.eye(4)[None], torch.full((3,), 0.5))
         >>> x = torch.eye(4)[:, None]
         >>> measure_examples(unrolled, certify(unrolled, sparsity=1, amplitude=1.0), x, x).errors[:, 0, 0].tolist()

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from pibinn_plugin.analysis.variants import weight_variants
+from lightning_modules.analysis.variants import weight_variants
 from pibinn_plugin.errors import StructureError
 from pibinn_plugin.packing import packed_signs_of
 from pibinn_plugin.structure import BlockDiagonal, Shape, Structure, matrix_shape

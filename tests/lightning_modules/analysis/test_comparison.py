@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from lightning_modules.analysis.comparison import compare_convergence, plain_ista
+from lightning_modules.analysis.convergence import certify
+from lightning_modules.analysis.measurement import measure_examples
+from lightning_modules.analysis.unrolled import Unrolled, read_solver
 from lightning_modules.operators import SignBlocks
 from lightning_modules.solvers.coupled_ista import CoupledISTA
-from pibinn_plugin.analysis.comparison import compare_convergence, plain_ista
-from pibinn_plugin.analysis.convergence import certify
-from pibinn_plugin.analysis.measurement import measure_examples
-from pibinn_plugin.analysis.unrolled import Unrolled, read_solver
 
 
 def sparse_examples(operator, count, nonzeros, noise, seed=0):

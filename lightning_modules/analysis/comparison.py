@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pibinn_plugin.analysis.convergence import certify
-from pibinn_plugin.analysis.measurement import Measurement, measure_examples
-from pibinn_plugin.analysis.unrolled import Unrolled, multiply
+from lightning_modules.analysis.convergence import certify
+from lightning_modules.analysis.measurement import Measurement, measure_examples
+from lightning_modules.analysis.unrolled import Unrolled, multiply
 from pibinn_plugin.tables import text_table
 
 __all__ = ["ConvergenceComparison", "compare_convergence", "plain_ista"]

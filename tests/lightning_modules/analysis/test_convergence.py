@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pibinn_plugin as pb
+from lightning_modules.analysis.contraction import one_bit_existence, sign_adjoint_moments, spectral_contraction
+from lightning_modules.analysis.convergence import certify, layer_constants
+from lightning_modules.analysis.measurement import measure
+from lightning_modules.analysis.unrolled import Unrolled, read_solver
 from lightning_modules.operators import GaussianBlocks, SignBlocks
 from lightning_modules.solvers.coupled_ista import CoupledISTA
-from pibinn_plugin.analysis.contraction import one_bit_existence, sign_adjoint_moments, spectral_contraction
-from pibinn_plugin.analysis.convergence import certify, layer_constants
-from pibinn_plugin.analysis.measurement import measure
-from pibinn_plugin.analysis.unrolled import Unrolled, read_solver
 
 SLACK = 1 + 1e-9
 
@@ -261,7 +261,7 @@ def test_weights_of_another_structure_than_the_operators_blocks_are_one_block(mo
     assert torch.equal(masked.weights[0, 0] != 0, structure.mask((16, 8)))
     y = torch.randn(5, 8)
     torch.testing.assert_close(masked.run(y[:, None].double())[-1][:, 0], solver(y).double(), atol=1e-5, rtol=1e-4)
-    monkeypatch.setattr("pibinn_plugin.analysis.unrolled.LARGEST_DENSE", 100)
+    monkeypatch.setattr("lightning_modules.analysis.unrolled.LARGEST_DENSE", 100)
     with pytest.raises(
         pb.PIBiNNError, match="layer 0 is not block-diagonal in the blocks of the operator, and 8 x 16 is"
     ):
