@@ -1,278 +1,259 @@
-r"""Does an unrolled solver generalize: bounds of the train-test gap from its class, and the gap measured beside them.
+r"""How large the loss is on new examples: bounds that hold with a probability that is stated, the tightest first.
 
-The loss of an example is ℓ = min(1, ‖x̂ - x‖² / c), and 1 where ‖y‖ > R: it lies in [0, 1], and c and R are numbers that
-do not depend on the network. `hypothesis_class` counts the networks that training could have given, `finite_class`
-bounds how far the mean loss of any of them over the distribution can be above its mean over N training examples. ℓ
-changes by at most 2/√c times the output, so that a cover of the outputs to τ √c / 2 is one of the losses to τ; here
-τ = 1/N.
+The loss of an example is min(1, ‖x̂ - x‖² / ‖x‖²), with the mean of ‖x‖² over the validation set, to two digits, in place
+of ‖x‖²: a number that depends neither on the training examples nor on the test examples. It lies in [0, 1], and the
+estimate 0 has a loss of nearly 1.
 
-The class must not depend on the data. Its box (bounds of the weights, step sizes and thresholds), R and c are powers of
-two between 2^-64 and 2^63, the smallest that hold this network and these training data; the bounds hold for all 128^5
-choices at once, with δ / 128^5 spent on each.
+**Held-out examples** bound the loss of this network, whatever its weights are, by their number alone; where examples come
+in groups that are alike, such as the epochs of one subject, the groups are what is counted, and the loss is the mean over
+groups of the means over their examples.
+
+**Training examples** bound it by the bits that tell the network from all that training could have chosen
+(`lightning_modules.analysis.code_length`, `lightning_modules.analysis.kl_bound`): this is where fewer bits are a better
+guarantee. Where a network is equal blocks side by side, each of which depends on its part of y alone, each block is a
+network of its own, with its own bits and the floats that all share.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_modules.analysis.finite_class import RISK_BOUNDS, required_examples, risk_bounds
-from lightning_modules.analysis.hypothesis_class import KINDS, Box, UnrolledClass, unrolled_class
-from lightning_modules.analysis.unrolled import Unrolled, read_solver
-from pibinn_plugin.errors import PIBiNNError
+from lightning_modules.analysis.code_length import CodeLengths, code_lengths
+from lightning_modules.analysis.examples import (
+    Batch,
+    TrainingExamples,
+    example_losses,
+    mean_power,
+    on_device,
+    held_out_groups,
+    training_examples,
+)
+from lightning_modules.analysis.kl_bound import code_bound, confidence_interval
+from lightning_modules.analysis.local_bound import local_bound
+from lightning_modules.analysis.network import OneBitWeight, float_parameters, one_bit_weights
 from pibinn_plugin.tables import text_table
 
-__all__ = ["ClassBounds", "Generalization", "generalization_bounds", "tied_layers"]
+__all__ = [
+    "CodeBounds", "Generalization", "HeldOut", "code_bounds", "generalization", "held_out", "separable_blocks",
+]  # fmt: skip
 
-Examples = tuple[Tensor, Tensor]
-
-_EXPONENTS = range(-64, 64)
-_CHOICES = 5 * math.log(len(_EXPONENTS))  # bounds of weights, step sizes, thresholds and measurements, and c
+FAILURE = 0.05  # δ, of each bound
+_LN2 = 0.6931471805599453
 
 
 @dataclass(frozen=True)
-class ClassBounds:
-    """Bounds for one class of networks, beside the losses of its network where there is one.
+class HeldOut:
+    """What examples that training did not see say of one network.
 
     Args:
-        kind: of the class.
-        network_class: what its size depends on.
-        box: bounds of its parameters.
-        clip: c.
-        examples: N.
-        train_loss: measured, of the network of this class; that of the first network where there is none.
-        test_loss: measured; None where there is no network of this class.
-        failure_probability: δ, of each bound.
+        measured: the mean over groups of the mean loss of their examples.
+        low: of the interval for the true mean.
+        high: of the interval.
+        examples: in all groups.
+        groups: their number.
+        unit: what a group is.
     """
 
-    kind: str
-    network_class: UnrolledClass
-    box: Box
-    clip: float
+    measured: float
+    low: float
+    high: float
     examples: int
-    train_loss: float
-    test_loss: float | None
-    failure_probability: float
-
-    def log_size(self, examples: int | None = None) -> float:
-        """The natural logarithm of the size of the cover for N examples."""
-        resolution = math.sqrt(self.clip) / (2 * (examples or self.examples))
-        return self.network_class.log_size(self.kind, self.box, resolution)
-
-    def gaps(self, examples: int | None = None) -> dict[str, float]:
-        """Bounds of the mean loss over the distribution less the train loss, by the names of ``RISK_BOUNDS``."""
-        n = examples or self.examples
-        each = self.failure_probability * math.exp(-_CHOICES)
-        bounds = risk_bounds(self.log_size(n), n, self.train_loss, 1 / n, each)
-        return {name: bound - self.train_loss for name, bound in bounds.items()}
-
-    @property
-    def vacuous(self) -> dict[str, bool]:
-        """Whether a bound says nothing: the train loss and the bound of the gap make 1 or more, the largest loss."""
-        return {name: self.train_loss + gap >= 1 for name, gap in self.gaps().items()}
-
-    def examples_for(self, name: str, target_gap: float) -> int | None:
-        """The N at which a bound of the gap is ``target_gap``, at this train loss; None where no N is enough."""
-        return required_examples(lambda n: self.gaps(n)[name], target_gap)
-
-
-@dataclass(frozen=True)
-class Generalization:
-    """Bounds of all classes by kind; ``print`` shows them beside the gap that was measured.
-
-    Args:
-        classes: by kind.
-        target_gap: that the last columns ask the N for.
-        test_examples: over which test losses are means.
-    """
-
-    classes: Mapping[str, ClassBounds]
-    target_gap: float
-    test_examples: int
+    groups: int
+    unit: str
 
     def __str__(self) -> str:
-        header = ["class", "log2 size", *RISK_BOUNDS, "train loss", "test loss", "gap", "vacuous"]
-        rows = [_cells(bounds) for bounds in self.classes.values()]
-        needed = [[kind, *self._needed(bounds)] for kind, bounds in self.classes.items()]
         return (
-            text_table(header, rows, left_columns=1)
-            + self._verdict()
-            + text_table([f"N for a gap of {self.target_gap:g}", *RISK_BOUNDS], needed, left_columns=1)
-            + self._assumptions()
+            f"Held out: mean loss {self.measured:.4f} on {self.examples:,} test examples of {self.groups:,} {self.unit}; "
+            f"the true mean is\nbetween {self.low:.4f} and {self.high:.4f} (width {self.high - self.low:.4f}) with "
+            f"probability {1 - FAILURE:g}, whatever the weights are.\n"
         )
 
-    def _needed(self, bounds: ClassBounds) -> list[str]:
-        counts = [bounds.examples_for(name, self.target_gap) for name in RISK_BOUNDS]
-        return ["none" if count is None else f"{count:.3g}" for count in counts]
 
-    def _verdict(self) -> str:
-        n = next(iter(self.classes.values())).examples
-        vacuous = {kind: list(bounds.vacuous.values()) for kind, bounds in self.classes.items()}
-        if all(all(flags) for flags in vacuous.values()):
-            return f"VACUOUS at N = {n:,}: every bound of every class allows the largest loss there is.\n"
-        which = [kind for kind, flags in vacuous.items() if not all(flags)]
-        return f"At N = {n:,}, a bound that is not vacuous: {', '.join(which)}.\n"
+@dataclass(frozen=True, eq=False)
+class CodeBounds:
+    """Bounds of the true mean loss from training examples, by scheme of the weights.
 
-    def _assumptions(self) -> str:
-        first = next(iter(self.classes.values()))
-        return _LEGEND.format(
-            n=first.examples,
-            c=first.clip,
-            r=first.box.measurement,
-            failure=first.failure_probability,
-            test=self.test_examples,
-        )
+    Args:
+        bits: of a block, by scheme.
+        losses: mean loss of each block over the training examples by scheme, of its own network where there is one.
+        trained: the schemes with a network of their own.
+        counts: N, of one epoch and of all.
+        source: what the examples are.
+    """
+
+    bits: Mapping[str, Tensor]
+    losses: Mapping[str, tuple[Tensor, ...]]
+    trained: frozenset[str]
+    counts: tuple[int, ...]
+    source: str
+
+    def bounds(self, scheme: str) -> list[float]:
+        """For each N."""
+        pairs = zip(self.losses[scheme], self.counts, strict=True)
+        return [code_bound(losses, self.bits[scheme], count, FAILURE) for losses, count in pairs]
+
+    def local(self, scheme: str) -> float:
+        """The local Rademacher bound for the largest N, of as many networks as the bits tell apart."""
+        losses = self.losses[scheme][-1].tolist()
+        size, share = float(self.bits[scheme]) * _LN2, FAILURE / len(losses)
+        return sum(min(1.0, local_bound(size, self.counts[-1], loss, share)) for loss in losses) / len(losses)
+
+    def __str__(self) -> str:
+        order = sorted(self.bits, key=lambda scheme: self.bounds(scheme)[-1])
+        header = ("weights", "bits a block", "train loss", *(f"N = {count:,}" for count in self.counts), "local")
+        rows = []
+        for scheme in order:
+            own = f"{self.losses[scheme][-1].mean():.4f}" + ("" if scheme in self.trained else " *")
+            numbers = [f"{bound:.3f}" for bound in self.bounds(scheme)]
+            local = "" if self.bits[scheme].dim() else f"{self.local(scheme):.3f}"
+            rows.append([scheme, f"{float(self.bits[scheme].mean()):,.0f}", own, *numbers, local])
+        return text_table(header, rows, left_columns=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Generalization:
+    """All that is known of the loss on new examples; ``print`` shows the tightest first.
+
+    Args:
+        held_out: from the test set.
+        twin: the same of the float twin; None without one.
+        code: from the training examples, or why there is no such bound.
+        trivial: the mean test loss of the estimate 0.
+        power: the mean square of an entry of x that the loss is relative to.
+        blocks: equal networks side by side.
+    """
+
+    held_out: HeldOut
+    twin: HeldOut | None
+    code: CodeBounds | str
+    trivial: float
+    power: float
+    blocks: int
+
+    def __str__(self) -> str:
+        blocks = f", the mean over {self.blocks} blocks of" if self.blocks > 1 else ","
+        lines = [f"{self.held_out}The estimate 0 has {self.trivial:.4f}.\n"]
+        if self.twin is not None:
+            lines.append(f"Float twin. {self.twin}")
+        if isinstance(self.code, str):
+            lines.append(f"No bound from training examples: {self.code}.\n")
+        else:
+            lines.append("From the training examples, the true mean loss is at most\n")
+            lines.append(f"{self.code}{_LEGEND.format(source=self.code.source, failure=FAILURE)}")
+        lines.append(f"loss: of an example{blocks} min(1, mean squared error / {self.power:g}).\n")
+        return "".join(lines)
 
 
 _LEGEND = """\
-Bounds of (mean loss over the distribution) - (train loss), each with probability {failure:g} of failing, for every
-network of the class at once. Assumed: {n:,} training examples, independent, of one distribution; A and the structure
-known in advance. loss: min(1, |x^ - x|^2 / {c:g}), 1 where |y| > {r:g}; vacuous: train loss + bound >= 1, the largest.
-log2 size: bits that tell the networks of the class apart to a loss of 1/N; tied weights and the one scale count once.
-global: Massart, McDiarmid. local: Bartlett, Bousquet, Mendelson 2005, Theorem 3.3, first part; star: second part.
-union: Bernstein. Train and test losses are measured, of this network or its twin (test: {test:,} examples); a class
-without a network of its own has the train loss of the first. Theorems: analysis/finite_class.py, hypothesis_class.py.
+Each entry fails with probability {failure:g} at most. Assumed: the N examples are independent and of the distribution
+that new ones are of ({source}); physics and structure
+are known before; every float is one of 32 bits. The network may have been chosen on these examples in any way.
+*: no such network was trained; it is given the loss of this one. flips: the code tells which signs differ from those
+before training. local: the local Rademacher bound for the largest N, nowhere below the bound by codes
+(analysis/local_bound.py). Theorem: analysis/kl_bound.py, code_length.py.
 """
 
 
-def _cells(bounds: ClassBounds) -> list[str]:
-    vacuous = bounds.vacuous
-    which = "all" if all(vacuous.values()) else ", ".join(name for name, flag in vacuous.items() if flag) or "none"
-    measured = ["", "", ""]
-    if bounds.test_loss is not None:
-        gap = bounds.test_loss - bounds.train_loss
-        measured = [f"{number:.4g}" for number in (bounds.train_loss, bounds.test_loss, gap)]
-    gaps = [f"{gap:.4g}" for gap in bounds.gaps().values()]
-    return [bounds.kind, f"{bounds.log_size() / math.log(2):,.0f}", *gaps, *measured, which]
-
-
-def generalization_bounds(
-    solver: Any,
-    train: Examples,
-    test: Examples,
-    twins: Mapping[str, Any] | None = None,
-    target_gap: float = 0.1,
-    failure_probability: float = 0.05,
+def generalization(
+    model: nn.Module,
+    data: pl.LightningDataModule,
+    epochs: int,
+    untrained: nn.Module | None = None,
+    twin: nn.Module | None = None,
 ) -> Generalization:
-    """Bound the train-test gap of a trained solver, and of solvers of other weights in its place.
+    """Bound the loss of a trained, prepared network on new examples.
 
     Args:
-        solver: of the form that `read_solver` takes; one-bit.
-        train: y, shape ``(N, measurements)``, and x, shape ``(N, unknowns)``, that the solver was trained on. Where
-            more examples were used, any N of them do, chosen without looking at them.
-        test: y and x that it was not trained on.
-        twins: trained solvers of the same structure with other weights, by their kind (``KINDS``).
-        target_gap: to tell the N for.
-        failure_probability: δ.
-
-    Raises:
-        PIBiNNError: a solver of another form or with several magnitudes, a twin of another kind, depth or operator, a
-            number out of the range of the box.
-        ValueError: examples that do not fit the operator, a gap or a probability outside (0, 1).
-
-    Example:
-        >>> class OneLayer(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.layers = torch.nn.ModuleList([torch.nn.Linear(3, 4, bias=False)])
-        ...         torch.nn.init.ones_(self.layers[0].weight)
-        ...         self.step_sizes, self.thresholds = torch.ones(1), torch.zeros(1)
-        ...         self.operator = type("Operator", (), {"blocks": torch.ones(1, 3, 4)})
-        ...     def forward(self, y):
-        ...         return self.layers[0](y)
-        >>> y, x = torch.randn(200, 3), torch.randn(200, 4)
-        >>> report = generalization_bounds(OneLayer(), (y[:100], x[:100]), (y[100:], x[100:]))
-        >>> report.classes["one-bit"].vacuous["union"], report.classes["one-bit"].examples_for("union", 0.1) > 1000
-        (True, True)
+        model: prepared as a whole, so that λ is counted; any, that maps y to an estimate of x.
+        data: of its training, after ``setup``.
+        epochs: that the training lasted.
+        untrained: the model before its training, prepared: its signs are the prior of the flips.
+        twin: the same model with trained float weights.
     """
-    _check_fractions(target_gap, failure_probability)
-    networks = {"one-bit": solver, **(twins or {})}
-    unrolled = _read(networks)
-    first = unrolled["one-bit"]
-    for examples in (train, test):
-        _check(examples, first)
-    clip = _power_of_two("the mean energy of x", float(train[1].double().square().sum(-1).mean()))
-    radius = _power_of_two("the largest norm of y", float(train[0].double().norm(dim=-1).max()))
-    network_class = unrolled_class(first, tied_layers(solver))
-    losses = {
-        kind: tuple(_mean_loss(network, examples, clip, radius) for examples in (train, test))
-        for kind, network in networks.items()
-    }
-    classes = {}
-    for kind in KINDS:
-        box, train_loss = _box(unrolled.get(kind, first), radius), losses.get(kind, losses["one-bit"])[0]
-        test_loss = losses[kind][1] if kind in losses else None
-        measured = (len(train[0]), train_loss, test_loss)
-        classes[kind] = ClassBounds(kind, network_class, box, clip, *measured, failure_probability)
-    return Generalization(classes, target_gap, len(test[0]))
+    weights, run = one_bit_weights(model), on_device(model)
+    power = mean_power(data.val_dataloader())
+    blocks = separable_blocks(run, weights, data)
+    lengths = code_lengths(weights, float_parameters(model), untrained and one_bit_weights(untrained), blocks)
+    solvers = {"one-bit": run, **({} if twin is None else {"float": on_device(twin)})}
+    examples = training_examples(data, epochs)
+    return Generalization(
+        held_out(run, data, power, blocks),
+        None if twin is None else held_out(solvers["float"], data, power, blocks),
+        examples if isinstance(examples, str) else code_bounds(lengths, solvers, examples, power, blocks),
+        held_out(lambda y: torch.zeros(()), data, power, blocks).measured,
+        power,
+        blocks,
+    )
 
 
-def _check_fractions(target_gap: float, failure_probability: float) -> None:
-    if not 0 < target_gap < 1 or not 0 < failure_probability < 1:
-        raise ValueError(
-            f"target_gap={target_gap}, failure_probability={failure_probability}: expected numbers between 0 and 1"
-        )
+def held_out(
+    solver: Callable[[Tensor], Tensor], data: pl.LightningDataModule, power: float, blocks: int = 1
+) -> HeldOut:
+    """The interval for the true mean loss of a solver, from the test set."""
+    losses = example_losses(solver, data.test_dataloader(), power, blocks).double().mean(1)
+    group, unit = held_out_groups(data)
+    means = torch.zeros(int(group.max()) + 1, dtype=torch.float64).scatter_add_(0, group, losses) / group.bincount()
+    measured = float(means.mean())
+    return HeldOut(measured, *confidence_interval(measured, len(means), FAILURE), len(losses), len(means), unit)
 
 
-def _read(networks: Mapping[str, Any]) -> dict[str, Unrolled]:
-    """The iterations of the one-bit solver and its twins, which must fit each other."""
-    if unknown := set(networks) - set(KINDS):
-        raise PIBiNNError(f"twins of the kinds {', '.join(sorted(unknown))}; expected some of {', '.join(KINDS[1:])}")
-    unrolled = {kind: read_solver(network) for kind, network in networks.items()}
-    first = unrolled["one-bit"]
-    magnitudes = first.weights.abs()[first.weights != 0]
-    if len(magnitudes) and magnitudes.max() > magnitudes.min() * (1 + 1e-4):
-        raise PIBiNNError(
-            f"the solver's weights have magnitudes from {magnitudes.min():g} to {magnitudes.max():g}; expected one-bit "
-            "weights with one scale: other networks go into twins"
-        )
-    for kind, other in unrolled.items():
-        if other.weights.shape != first.weights.shape or not torch.equal(other.operator, first.operator):
-            raise PIBiNNError(f"the {kind} twin has another operator or depth than the one-bit solver")
-    return unrolled
+def code_bounds(
+    lengths: CodeLengths,
+    solvers: Mapping[str, Callable[[Tensor], Tensor]],
+    examples: TrainingExamples,
+    power: float,
+    blocks: int = 1,
+) -> CodeBounds:
+    """Bound the true mean loss from training examples.
+
+    Args:
+        lengths: of the network.
+        solvers: by scheme, ``one-bit`` among them.
+        examples: independent ones.
+        power: see `example_losses`.
+        blocks: equal networks side by side.
+    """
+    counts = tuple(dict.fromkeys((examples.of_one_epoch, examples.count)))
+    measured = {}
+    for scheme, solver in solvers.items():
+        losses = example_losses(solver, examples.draw(), power, blocks).double()
+        measured[scheme] = tuple(losses[:count].mean(0) for count in counts)
+    bits = lengths.bits()
+    # The flips are another code of the same network.
+    own = {scheme: measured.get(scheme.removesuffix(", flips"), measured["one-bit"]) for scheme in bits}
+    trained = frozenset(scheme for scheme in bits if scheme.removesuffix(", flips") in measured)
+    return CodeBounds(bits, own, trained, counts, examples.source)
 
 
-def tied_layers(solver: Any) -> tuple[int, ...]:
-    """For each layer the first one that has the same parameters: weights that are shared, and count once."""
-    owners = [tuple(id(tensor) for tensor in (*layer.parameters(), *layer.buffers())) for layer in solver.layers]
-    return tuple(owners.index(owner) for owner in owners)
+def separable_blocks(
+    solver: Callable[[Tensor], Tensor], weights: Iterable[OneBitWeight], data: pl.LightningDataModule
+) -> int:
+    """How many equal networks side by side a solver is: blocks that all weights have, and that do not see each other.
 
-
-def _check(examples: Examples, unrolled: Unrolled) -> None:
-    blocks, m, n = unrolled.operator.shape
-    shapes = [tuple(tensor.shape) for tensor in examples]
-    count = len(examples[0])
-    if count < 1 or shapes != [(count, blocks * m), (count, blocks * n)]:
-        raise ValueError(f"examples of the shapes {shapes}; expected (N, {blocks * m}) and (N, {blocks * n})")
-    if not all(tensor.isfinite().all() for tensor in examples):
-        raise ValueError("the examples have an entry that is not finite")
-
-
-def _power_of_two(name: str, value: float) -> float:
-    """The smallest 2^k, k in -64 ... 63, that is not below."""
-    exponent = max(_EXPONENTS[0], math.ceil(math.log2(value))) if value > 0 else _EXPONENTS[0]
-    if exponent > _EXPONENTS[-1]:
-        raise PIBiNNError(f"{name} is {value:g}; the bounds are for values of at most 2^63")
-    return 2.0**exponent
-
-
-def _box(unrolled: Unrolled, radius: float) -> Box:
-    assert unrolled.thresholds is not None  # a solver has them
-    weight = _power_of_two("the largest weight", float(unrolled.weights.abs().max()))
-    step_size = _power_of_two("the largest step size", float(unrolled.step_sizes.abs().max()))
-    return Box(weight, step_size, _power_of_two("the largest threshold", float(unrolled.thresholds.max())), radius)
-
-
-def _mean_loss(solver: Any, examples: Examples, clip: float, radius: float) -> float:
-    total, device, dtype = 0.0, solver.step_sizes.device, solver.step_sizes.dtype
+    The second is tried, on a batch of the validation set: whatever is in the other blocks of y, an estimate of a block
+    is the same, bit for bit.
+    """
+    counts = {weight.equal_blocks for weight in weights}
+    y, x = _first(data.val_dataloader())
+    if len(counts) != 1 or (blocks := counts.pop()) == 1 or y.dim() != 2 or x.dim() != 2:
+        return 1
+    if y.shape[1] % blocks or x.shape[1] % blocks:
+        return 1
+    other = y.roll(1, 0).unflatten(1, (blocks, -1))
     with torch.no_grad():
-        for y, x in zip(*(tensor.split(1024) for tensor in examples), strict=True):
-            estimate = solver(y.to(device, dtype)).double().cpu()
-            loss = ((estimate - x.double().cpu()).square().sum(-1) / clip).clamp(max=1)
-            total += float(torch.where(y.double().cpu().norm(dim=-1) > radius, 1.0, loss).sum())
-    return total / len(examples[0])
+        expected = solver(y).unflatten(1, (blocks, -1))
+        for block in {0, blocks - 1}:
+            mixed = other.clone()
+            mixed[:, block] = y.unflatten(1, (blocks, -1))[:, block]
+            if not torch.equal(solver(mixed.flatten(1)).unflatten(1, (blocks, -1))[:, block], expected[:, block]):
+                return 1
+    return blocks
+
+
+def _first(batches: Iterable[Batch]) -> Batch:
+    return next(iter(batches))
