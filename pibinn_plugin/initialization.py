@@ -243,9 +243,9 @@ def _warn_of_too_few(statistics: PairStatistics) -> None:
     unknowns = max(group.columns.shape[1] for group in statistics.groups)
     if 0 < statistics.pairs < (needed := pairs_for_signs(unknowns)):
         warnings.warn(
-            f"{statistics.pairs} pairs for rows of {unknowns} unknown signs: even without noise they determine all signs "
-            f"of a row with probability {signs_determined(statistics.pairs, unknowns):.2g} only; {needed} pairs do so in "
-            f"99 of 100 rows. Expect wrong signs, or give more pairs",
+            f"{statistics.pairs} pairs for rows of {unknowns} unknown signs: even without noise they determine all "
+            f"signs of a row with probability {signs_determined(statistics.pairs, unknowns):.2g} only; {needed} pairs "
+            f"do so in 99 of 100 rows. Expect wrong signs, or give more pairs",
             stacklevel=3,
         )
 

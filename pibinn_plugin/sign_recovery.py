@@ -1,10 +1,10 @@
 r"""How many pairs (x, y = w · x) determine the n signs of a row w = λ s.
 
-Without noise, a sign vector s is the only point of the box |v| ≤ 1 with X v = X s if and only if the null space of X, of
-N pairs as rows, holds no v ≠ 0 with s_j v_j ≤ 0 for all j. For inputs in general position whose distribution does not
-change when the sign of any unknown does, the null space is one of dimension n - N, and meets an orthant as n random points
-in n - N dimensions lie in one half-space (Wendel, "A problem in geometric probability", 1962; in this form Donoho and
-Tanner, "Counting the faces of randomly-projected hypercubes and orthants", 2010):
+Without noise, a sign vector s is the only point of the box |v| ≤ 1 with X v = X s if and only if the null space of
+X, of N pairs as rows, holds no v ≠ 0 with s_j v_j ≤ 0 for all j. For inputs in general position whose distribution
+does not change when the sign of any unknown does, the null space is one of dimension n - N, and meets an orthant as
+n random points in n - N dimensions lie in one half-space (Wendel, "A problem in geometric probability", 1962; in
+this form Donoho and Tanner, "Counting the faces of randomly-projected hypercubes and orthants", 2010):
 
 .. math:: P(\text{all signs determined}) = 2^{1 - n} \sum_{k=0}^{N-1} \binom{n - 1}{k}.
 

@@ -24,17 +24,17 @@ Together (μ = 0 would make G_ii zero)
 .. math:: s < \min_i \min \{ \|z\|_1 : A_i = \sum_{j \ne i} z_j A_j \} \quad \text{for all weights, one-bit or float.}
 
 Every z is a bound, and the smaller its norm the better; the smallest would need a linear program, and a reweighted
-least squares comes near it. For s = 1 the smallest is exact: the dual of the linear program is the row of W. A second
-bound is that of uniqueness. Let A z = 0 with a z whose support T has k elements, k ≤ rank A + 1 where A has more columns
-than its rank. Σ_{i ∈ T} of |G_ii| |z_i| ≤ Σ_{j ∈ T, j ≠ i} |G_ij| |z_j| shows a column j of T with
-|G_jj| ≤ Σ_{i ∈ T, i ≠ j} |G_ij|, which is at most the s - 1 largest and max(0, k - s) μ; so that
-1 ≤ ρ(s) + max(0, k - s) μ, which contradicts ρ(s) + s μ < 1 if k ≤ 2 s. Hence 2 s < k, and s ≤ rank A / 2.
+least squares comes near it. For s = 1 the smallest is exact: the dual of the linear program is the row of W. A
+second bound is that of uniqueness. Let A z = 0 with a z whose support T has k elements, k ≤ rank A + 1 where A has
+more columns than its rank. Σ_{i ∈ T} of |G_ii| |z_i| ≤ Σ_{j ∈ T, j ≠ i} |G_ij| |z_j| shows a column j of T with
+|G_jj| ≤ Σ_{i ∈ T, i ≠ j} |G_ij|, which is at most the s - 1 largest and max(0, k - s) μ; so that 1 ≤ ρ(s) + max(0,
+k - s) μ, which contradicts ρ(s) + s μ < 1 if k ≤ 2 s. Hence 2 s < k, and s ≤ rank A / 2.
 
-*No signs for a larger s.* The same with one c for all rows: c a_i > s c b, so that s is below min_i a_i / b. Up to 14
-rows the largest such ratio of all sign patterns is found by trying them all (rows are independent given b). Beyond, with
-L the smallest eigenvalue of A Aᵀ, Σ_{j ≠ i} (S_i · A_j)² = ‖Aᵀ S_i‖² - a_i² ≥ L m - a_i², hence
-b² ≥ (L m - a_i²) / (n - 1), while a_i ≤ ‖A_i‖₁ (the argument of Welch, "Lower bounds on the maximum cross correlation
-of signals", 1974):
+*No signs for a larger s.* The same with one c for all rows: c a_i > s c b, so that s is below min_i a_i / b. Up to
+14 rows the largest such ratio of all sign patterns is found by trying them all (rows are independent given b).
+Beyond, with L the smallest eigenvalue of A Aᵀ, Σ_{j ≠ i} (S_i · A_j)² = ‖Aᵀ S_i‖² - a_i² ≥ L m - a_i², hence b² ≥
+(L m - a_i²) / (n - 1), while a_i ≤ ‖A_i‖₁ (the argument of Welch, "Lower bounds on the maximum cross correlation of
+signals", 1974):
 
 .. math:: s < \min_i \|A_i\|_1 \sqrt{(n - 1) / (L m - \|A_i\|_1^2)} \quad \text{where the root is real.}
 

@@ -59,8 +59,6 @@ __all__ = [
     "Certificate",
     "LayerConstants",
     "certify",
-    "certify_constants",
-    "column_factors",
     "layer_constants",
 ]
 
@@ -115,11 +113,11 @@ def _constants(operator: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
         diagonal.amax(-1),
         off_diagonal.amax((-2, -1)),
         weight.abs().sum(-1).amax(-1),
-        column_factors(diagonal, off_diagonal),
+        _column_factors(diagonal, off_diagonal),
     )
 
 
-def column_factors(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
+def _column_factors(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
     """ρ(s) for s = 0 ... n over the columns given.
 
     Args:
@@ -250,29 +248,7 @@ def certify(
         >>> certificate.holds, certificate.largest_sparsity, round(certificate.rates.max().item(), 3)
         (True, 4, 0.3)
     """
-    constants = constants or layer_constants(unrolled)
-    return certify_constants(constants, unrolled.thresholds, sparsity, amplitude, noise)
-
-
-def certify_constants(
-    constants: LayerConstants,
-    thresholds: Tensor | None,
-    sparsity: int | Sequence[int],
-    amplitude: float,
-    noise: float = 0.0,
-) -> Certificate:
-    """`certify` from the constants alone, such as those of `lightning_modules.analysis.matrix_free`.
-
-    Args:
-        constants: of each layer and block.
-        thresholds: θ_k, shape ``(layers,)``; None for the smallest admissible ones.
-        sparsity: as in `certify`.
-        amplitude: as in `certify`.
-        noise: as in `certify`.
-
-    Raises:
-        ValueError: as in `certify`.
-    """
+    constants, thresholds = constants or layer_constants(unrolled), unrolled.thresholds
     layers, blocks, n = constants.factors.shape[0], constants.factors.shape[1], constants.factors.shape[2] - 1
     s = (sparsity,) * blocks if isinstance(sparsity, int) else tuple(sparsity)
     if len(s) != blocks or min(s) < 0 or max(s) > n:

@@ -15,11 +15,11 @@ from lightning_modules.data.eegdenoisenet import EEGDenoiseNet
 from lightning_modules.data.files import read_index
 from lightning_modules.data.sparse_recovery import SparseRecovery
 
-__all__ = ["Batch", "TrainingExamples", "example_losses", "mean_power", "held_out_groups", "training_examples"]
+__all__ = ["Batch", "TrainingExamples", "example_losses", "held_out_groups", "mean_power", "training_examples"]
 
 Batch = tuple[Tensor, Tensor]
 
-_CHUNK = 1024  # examples that a solver gets at a time
+_CHUNK = 1 << 20  # entries of the unknowns that a solver gets at a time
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def training_examples(data: pl.LightningDataModule, epochs: int) -> TrainingExam
             f"examples drawn anew in each of {epochs} epochs",
         )
     if isinstance(data, EEGDenoiseNet):
-        return "epochs of one subject are alike, and each is mixed again and again: training examples are not independent"
+        return (
+            "epochs of one subject are alike, and each is mixed again and again: training examples are not independent"
+        )
     if isinstance(data, BSDS500):
         return "patches of one image are alike, and are drawn again and again: training examples are not independent"
     return f"nothing is known of the examples of {type(data).__name__}: whether they are independent cannot be said"
@@ -111,7 +113,9 @@ def mean_power(batches: Iterable[Batch]) -> float:
 
 
 @torch.no_grad()
-def example_losses(solver: Callable[[Tensor], Tensor], batches: Iterable[Batch], power: float, blocks: int = 1) -> Tensor:
+def example_losses(
+    solver: Callable[[Tensor], Tensor], batches: Iterable[Batch], power: float, blocks: int = 1
+) -> Tensor:
     """min(1, mean squared error / power) of each example and of each of its equal blocks, shape ``(examples, blocks)``.
 
     Args:
@@ -126,7 +130,8 @@ def example_losses(solver: Callable[[Tensor], Tensor], batches: Iterable[Batch],
     """
     found = []
     for batch in batches:
-        for y, x in zip(*(part.split(_CHUNK) for part in batch), strict=True):
+        size = max(1, _CHUNK // batch[1][0].numel())
+        for y, x in zip(*(part.split(size) for part in batch), strict=True):
             error = (solver(y) - x).flatten(1).unflatten(1, (blocks, -1)).square().mean(-1) / power
             # What is not finite is a loss like the largest.
             found.append(error.nan_to_num(1.0, 1.0).clamp(max=1))

@@ -1,9 +1,9 @@
 r"""How well one-bit weights that were calibrated on pairs predict new pairs: a bound for each row by its own few bits.
 
-A calibrated weight W maps unknowns x to measurements y. The loss of row i on a pair is min(1, (y_i - W_i x)² / E y²), with
-E y² the mean over the validation set, to two digits. Row i is told by its signs and λ alone, so that N pairs bound its
-true mean loss with `lightning_modules.analysis.kl_bound`, δ spent on all rows in equal parts, and the mean over rows is
-bounded by the mean of the bounds. The numbers of the solver around it play no part.
+A calibrated weight W maps unknowns x to measurements y. The loss of row i on a pair is min(1, (y_i - W_i x)² / E
+y²), with E y² the mean over the validation set, to two digits. Row i is told by its signs and λ alone, so that N
+pairs bound its true mean loss with `lightning_modules.analysis.kl_bound`, δ spent on all rows in equal parts, and
+the mean over rows is bounded by the mean of the bounds. The numbers of the solver around it play no part.
 """
 
 from __future__ import annotations

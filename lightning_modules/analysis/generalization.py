@@ -1,12 +1,12 @@
 r"""How large the loss is on new examples: bounds that hold with a probability that is stated, the tightest first.
 
-The loss of an example is min(1, ‖x̂ - x‖² / ‖x‖²), with the mean of ‖x‖² over the validation set, to two digits, in place
-of ‖x‖²: a number that depends neither on the training examples nor on the test examples. It lies in [0, 1], and the
-estimate 0 has a loss of nearly 1.
+The loss of an example is min(1, ‖x̂ - x‖² / ‖x‖²), with the mean of ‖x‖² over the validation set, to two digits, in
+place of ‖x‖²: a number that depends neither on the training examples nor on the test examples. It lies in [0, 1],
+and the estimate 0 has a loss of nearly 1.
 
-**Held-out examples** bound the loss of this network, whatever its weights are, by their number alone; where examples come
-in groups that are alike, such as the epochs of one subject, the groups are what is counted, and the loss is the mean over
-groups of the means over their examples.
+**Held-out examples** bound the loss of this network, whatever its weights are, by their number alone; where
+examples come in groups that are alike, such as the epochs of one subject, the groups are what is counted, and the
+loss is the mean over groups of the means over their examples.
 
 **Training examples** bound it by the bits that tell the network from all that training could have chosen
 (`lightning_modules.analysis.code_length`, `lightning_modules.analysis.kl_bound`): this is where fewer bits are a better
@@ -28,9 +28,9 @@ from lightning_modules.analysis.examples import (
     Batch,
     TrainingExamples,
     example_losses,
+    held_out_groups,
     mean_power,
     on_device,
-    held_out_groups,
     training_examples,
 )
 from lightning_modules.analysis.kl_bound import code_bound, confidence_interval
@@ -68,9 +68,9 @@ class HeldOut:
 
     def __str__(self) -> str:
         return (
-            f"Held out: mean loss {self.measured:.4f} on {self.examples:,} test examples of {self.groups:,} {self.unit}; "
-            f"the true mean is\nbetween {self.low:.4f} and {self.high:.4f} (width {self.high - self.low:.4f}) with "
-            f"probability {1 - FAILURE:g}, whatever the weights are.\n"
+            f"Held out: mean loss {self.measured:.4f} on {self.examples:,} test examples ({self.groups:,} independent "
+            f"{self.unit}); the true mean is\nbetween {self.low:.4f} and {self.high:.4f} (width "
+            f"{self.high - self.low:.4f}) with probability {1 - FAILURE:g}, whatever the weights are.\n"
         )
 
 
@@ -84,6 +84,7 @@ class CodeBounds:
         trained: the schemes with a network of their own.
         counts: N, of one epoch and of all.
         source: what the examples are.
+        flipped: signs of the whole network that differ from those before training.
     """
 
     bits: Mapping[str, Tensor]
@@ -91,6 +92,7 @@ class CodeBounds:
     trained: frozenset[str]
     counts: tuple[int, ...]
     source: str
+    flipped: int = 0
 
     def bounds(self, scheme: str) -> list[float]:
         """For each N."""
@@ -144,7 +146,7 @@ class Generalization:
             lines.append(f"No bound from training examples: {self.code}.\n")
         else:
             lines.append("From the training examples, the true mean loss is at most\n")
-            lines.append(f"{self.code}{_LEGEND.format(source=self.code.source, failure=FAILURE)}")
+            lines.append(f"{self.code}{_LEGEND.format(**vars(self.code), failure=FAILURE)}")
         lines.append(f"loss: of an example{blocks} min(1, mean squared error / {self.power:g}).\n")
         return "".join(lines)
 
@@ -154,7 +156,7 @@ Each entry fails with probability {failure:g} at most. Assumed: the N examples a
 that new ones are of ({source}); physics and structure
 are known before; every float is one of 32 bits. The network may have been chosen on these examples in any way.
 *: no such network was trained; it is given the loss of this one. flips: the code tells which signs differ from those
-before training. local: the local Rademacher bound for the largest N, nowhere below the bound by codes
+before training: {flipped:,} do. local: the local Rademacher bound for the largest N, nowhere below the bound by codes
 (analysis/local_bound.py). Theorem: analysis/kl_bound.py, code_length.py.
 """
 
@@ -227,7 +229,9 @@ def code_bounds(
     # The flips are another code of the same network.
     own = {scheme: measured.get(scheme.removesuffix(", flips"), measured["one-bit"]) for scheme in bits}
     trained = frozenset(scheme for scheme in bits if scheme.removesuffix(", flips") in measured)
-    return CodeBounds(bits, own, trained, counts, examples.source)
+    return CodeBounds(
+        bits, own, trained, counts, examples.source, 0 if lengths.flipped is None else int(lengths.flipped.sum())
+    )
 
 
 def separable_blocks(

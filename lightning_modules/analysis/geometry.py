@@ -2,26 +2,24 @@
 
 W is set against the operator A of the same shape, measurements by unknowns: ``(blocks, rows, columns)`` and block by
 block, or a matrix, which is one block. Weights shaped like Aᵀ, as a solver's are, are transposed by ``adjoint=True``.
-`weight_variants` makes the one-bit, ternary and float twins of a latent, `network_geometry` takes a model, and
-`estimate_geometry` needs products with W and A only, where the decompositions of the exact table are too large.
+`weight_variants` makes the one-bit, ternary and float twins of a latent, `network_geometry` takes a model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.analysis.network import network_scale, one_bit_weights
 from lightning_modules.analysis.variants import weight_variants
 from pibinn_plugin.errors import StructureError
-from pibinn_plugin.packing import packed_signs_of
 from pibinn_plugin.structure import BlockDiagonal, Shape, Structure, matrix_shape
 from pibinn_plugin.tables import text_table
-from pibinn_plugin.workflow import global_scale, quantized_weights
 
 LARGEST_CHUNK = 1 << 22  # elements of the Gram matrices that are held at one time
 
@@ -71,40 +69,29 @@ class GeometryTable:
     title: str = "weight"
 
     def __str__(self) -> str:
-        return self._render("Worst block", {name: _cells(row, slice(None)) for name, row in self.rows.items()})
-
-    def by_block(self) -> str:
-        """The table with a line for each block of each weight."""
-        parts = [(name, row, block) for name, row in self.rows.items() for block in range(self.shape[0])]
-        return self._render("Each block", {f"{name} [{b}]": _cells(row, slice(b, b + 1)) for name, row, b in parts})
-
-    def _render(self, which: str, lines: Mapping[str, Sequence[str]]) -> str:
         _, height, width = self.shape
         welch = math.sqrt((width - height) / (height * (width - 1))) if width > height else 0.0
         header = ("alignment", "overall", "σ min", "σ max", "σ spread", "angle mean", "angle max", "coherence", "δ_s ≥")
-        rows = [[name, *cells] for name, cells in lines.items()]
-        legend = (_LEGEND + SAMPLING_LEGEND).format(**vars(self), which=which, welch=welch)
-        return text_table([self.title, *header], rows, left_columns=1) + legend
+        rows = [[name, *_cells(row)] for name, row in self.rows.items()]
+        return text_table([self.title, *header], rows, left_columns=1) + _LEGEND.format(**vars(self), welch=welch)
 
 
 _LEGEND = """\
-{which} of {shape} (blocks, rows, columns); worst is the least alignment and σ min, the largest of the rest.
+Worst block of {shape} (blocks, rows, columns); worst is the least alignment and σ min, the largest of the rest.
 alignment: cosine of W and A; overall: of all blocks together. σ spread: standard deviation over mean of the singular
 values. angles: between the row spaces, in degrees. coherence: of two columns; no block of this size has less than
 {welch:.3f} (Welch bound). Only σ min and σ max see the scale of W. nan: a block of zeros.
-"""
-SAMPLING_LEGEND = """\
 δ_s: s = {sparsity}, {samples} sets of columns drawn uniformly (seed {seed}), W scaled as suits it best. Sampling gives
 a LOWER BOUND of the restricted-isometry constant: it can refute the property and never certify it.
 """
 
 
-def _cells(row: Geometry, blocks: slice) -> list[str]:
-    degrees, values = [torch.rad2deg(angles) for angles in row.principal_angles[blocks]], row.singular_values[blocks]
+def _cells(row: Geometry) -> list[str]:
+    degrees, values = [torch.rad2deg(angles) for angles in row.principal_angles], row.singular_values
     mean, largest = (torch.stack([pick(angles) for angles in degrees]).max() for pick in (torch.mean, torch.max))
     overall = torch.tensor(row.overall_alignment)
-    numbers = [row.alignment[blocks].min(), overall, values.min(), values.max(), row.spread[blocks].max()]
-    cells = [f"{number:.3f}" for number in (*numbers, row.coherence[blocks].max(), row.distortion[blocks].max())]
+    numbers = [row.alignment.min(), overall, values.min(), values.max(), row.spread.max()]
+    cells = [f"{number:.3f}" for number in (*numbers, row.coherence.max(), row.distortion.max())]
     return [*cells[:5], f"{mean:.1f}", f"{largest:.1f}", *cells[5:]]
 
 
@@ -143,7 +130,7 @@ def compare_geometry(
         raise StructureError(f"the operator of shape {tuple(operator.shape)} has a block of zeros; leave it out")
     blocks, measurements, columns = A.shape
     sparsity = max(1, columns // 10) if sparsity is None else sparsity
-    supports, basis = sampled_supports(columns, sparsity, samples, seed), _row_spaces(A)
+    supports, basis = _sampled_supports(columns, sparsity, samples, seed), _row_spaces(A)
     fitting = {name: _fitting_blocks(name, weight, A, adjoint) for name, weight in weights.items()}
     rows = {name: _geometry(W, A, basis, supports) for name, W in {"(operator)": A, **fitting}.items()}
     return GeometryTable(rows, (blocks, measurements, columns), sparsity, samples, seed, title)
@@ -180,23 +167,24 @@ def network_geometry(
         >>> list(network_geometry(model, {"*.weight": torch.randn(2, 32, 64)}, adjoint=True, samples=9))
         ['0.weight']
     """
-    scale = global_scale(model)().item()
-    packed = {name: (signs.signs(), signs.structure, signs.shape) for name, signs in packed_signs_of(model)}
-    latents = {w.name: (w.quantizer.structural(w.latent), w.quantizer) for w in quantized_weights(model)}
-    weights = packed | {name: (values, q.structure, q.shape) for name, (values, q) in latents.items()}
+    scale = network_scale(model)
+    weights = {weight.name: weight for weight in one_bit_weights(model)}
     tables: dict[str, GeometryTable] = {}
     for pattern, operator in operators.items():
         names = [name for name in weights if fnmatchcase(name, pattern)]
         if not names:
             raise StructureError(f"{pattern!r} matches no one-bit weight of {', '.join(weights)}")
         for name in names:
-            latent, mask = _arranged(name, *weights[name], operator.dim() == 3)
+            weight = weights[name]
+            where = (weight.structure, weight.shape, operator.dim() == 3)
+            known = weight.signs if weight.latent is None else weight.latent
+            latent, mask = _arranged(name, known, *where)
             variants = weight_variants(latent, scale, mask)
-            if name in packed:  # its latents are gone
+            if weight.latent is None:  # a packed network has none
                 variants = {"one-bit global": variants["one-bit global"]}
             for twin_name, twin in (twins or {}).items():
-                compact = _weight_of_twin(twin_name, twin, name, *weights[name][1:])
-                variants[twin_name] = _arranged(name, compact, *weights[name][1:], operator.dim() == 3)[0]
+                compact = _weight_of_twin(twin_name, twin, name, weight.structure, weight.shape)
+                variants[twin_name] = _arranged(name, compact, *where)[0]
             tables[name] = compare_geometry(variants, operator, adjoint, title=name, **options)
     return tables
 
@@ -249,7 +237,7 @@ def _fitting_blocks(name: str, weight: Tensor, A: Tensor, adjoint: bool) -> Tens
     return W
 
 
-def sampled_supports(columns: int, sparsity: int, samples: int, seed: int) -> Tensor:
+def _sampled_supports(columns: int, sparsity: int, samples: int, seed: int) -> Tensor:
     """int64, shape ``(samples, sparsity)``: sets of columns, uniform."""
     if not 1 <= sparsity <= columns or samples < 1:
         raise ValueError(
@@ -266,8 +254,8 @@ def _geometry(W: Tensor, A: Tensor, operator_basis: list[Tensor], supports: Tens
     angles = tuple(_principal_angles(*bases) for bases in zip(_row_spaces(W), operator_basis, strict=True))
     grams, values = W.mT @ W, torch.linalg.svdvals(W)
     chunks = supports.split(max(1, LARGEST_CHUNK // supports.shape[1] ** 2))
-    distortion = [distortion_of(gram[c[:, :, None], c[:, None, :]] for c in chunks) for gram in grams]
-    return Geometry(alignment, overall.item(), values, angles, coherence_of(grams), torch.stack(distortion))
+    distortion = [_distortion_of(gram[c[:, :, None], c[:, None, :]] for c in chunks) for gram in grams]
+    return Geometry(alignment, overall.item(), values, angles, _coherence_of(grams), torch.stack(distortion))
 
 
 def _row_spaces(W: Tensor) -> list[Tensor]:
@@ -284,7 +272,7 @@ def _principal_angles(first: Tensor, second: Tensor) -> Tensor:
     return torch.linalg.svdvals(first @ second.mT).clamp(0, 1).acos()
 
 
-def coherence_of(grams: Tensor) -> Tensor:
+def _coherence_of(grams: Tensor) -> Tensor:
     """The largest cosine of two columns, from Gram matrices ``(..., columns, columns)``: shape ``(...)``."""
     norms = grams.diagonal(dim1=-2, dim2=-1).sqrt()
     inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
@@ -293,7 +281,7 @@ def coherence_of(grams: Tensor) -> Tensor:
     return cosines.amax((-2, -1)).clamp_max(1)
 
 
-def distortion_of(grams: Iterable[Tensor]) -> Tensor:
+def _distortion_of(grams: Iterable[Tensor]) -> Tensor:
     """(β - α) / (β + α) over the extreme eigenvalues of all Gram matrices given, chunk by chunk."""
     # Eigenvalues: the worst of all vectors on the sampled columns, not of one drawn on them.
     values = [torch.linalg.eigvalsh(gram).clamp_min(0) for gram in grams]

@@ -1,24 +1,24 @@
 r"""How far the true mean of a loss can be above its measured mean: the Chernoff bound, with one code for all networks.
 
-Let ℓ be the loss in [0, 1] of a network on an example, p its mean over the distribution of the examples, p̂ its mean over N
-independent ones, and kl(p̂ ‖ p) = p̂ ln(p̂ / p) + (1 - p̂) ln((1 - p̂) / (1 - p)).
+Let ℓ be the loss in [0, 1] of a network on an example, p its mean over the distribution of the examples, p̂ its
+mean over N independent ones, and kl(p̂ ‖ p) = p̂ ln(p̂ / p) + (1 - p̂) ln((1 - p̂) / (1 - p)).
 
 **One network, fixed before the examples were seen.** For p̂ ≤ p, P(kl(p̂ ‖ p) ≥ ε, p̂ < p) ≤ exp(-N ε) (Chernoff; for a
 loss in [0, 1] by Hoeffding, "Probability inequalities for sums of bounded random variables", 1963: convexity gives
 E exp(s ℓ) ≤ 1 - p + p exp(s), that of a coin). So with probability 1 - δ at least, kl(p̂ ‖ p) ≤ ln(1/δ) / N where p̂ < p.
 
-**A network that was chosen on these examples.** Let every network that could have been chosen have a code of L bits, with
-Σ 2^-L ≤ 1 over all networks (Kraft), the code fixed before the examples were seen. Spend δ 2^-L on each network: with
-probability 1 - δ at least, for *all* networks at once,
+**A network that was chosen on these examples.** Let every network that could have been chosen have a code of L
+bits, with Σ 2^-L ≤ 1 over all networks (Kraft), the code fixed before the examples were seen. Spend δ 2^-L on each
+network: with probability 1 - δ at least, for *all* networks at once,
 
 .. math:: \mathrm{kl}(\hat p \,\|\, p) \le \frac{L \ln 2 + \ln(1/\delta)}{N} \quad \text{where } \hat p < p
 
 (Occam's razor bound: Blumer, Ehrenfeucht, Haussler and Warmuth, 1987; in this form Langford, "Tutorial on practical
-prediction theory for classification", JMLR 6, 2005, Theorem 4.6). kl grows with p for p ≥ p̂, and its inverse is the bound
-of p. Lengths need not be whole numbers.
+prediction theory for classification", JMLR 6, 2005, Theorem 4.6). kl grows with p for p ≥ p̂, and its inverse is the
+bound of p. Lengths need not be whole numbers.
 
-**Separate blocks.** Where a network is B networks side by side, the loss is a mean over them and δ / B is spent on each,
-every one pays only for the bits of its own block.
+**Separate blocks.** Where a network is B networks side by side, the loss is a mean over them and δ / B is spent on
+each, every one pays only for the bits of its own block.
 """
 
 from __future__ import annotations

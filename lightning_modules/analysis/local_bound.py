@@ -24,10 +24,11 @@ Inequalities", 2013, Corollary 2.6). A sum of c √r and a constant is sub-root.
 
 K is the best of 2, 4, ..., 2^16: δ/16 is spent on each.
 
-**It is nowhere the tighter one** for networks that are stored, which are finitely many. With q = (log M + log(1/δ)) / n,
-`kl_bound` allows p̂ + √(2 p̂ q) + 2 q at most (kl(p̂ ‖ p) ≥ (p - p̂)² / 2p for p ≥ p̂). Here r* = ψ(r*) ≥ √(2 r* L / n), so
-that r* ≥ 2 L / n, and the bound is at least p̂ + p̂ / (K - 1) + 14 K q ≥ p̂ + 2 √(14 p̂ q) + 14 q. ∎ A local bound can be the
-tighter one only where its complexity is not a count: in classes of real-valued weights, which have no code.
+**It is nowhere the tighter one** for networks that are stored, which are finitely many. With
+q = (log M + log(1/δ)) / n, `kl_bound` allows p̂ + √(2 p̂ q) + 2 q at most (kl(p̂ ‖ p) ≥ (p - p̂)² / 2p for p ≥ p̂). Here
+r* = ψ(r*) ≥ √(2 r* L / n), so that r* ≥ 2 L / n, and with x ≥ log(1/δ) the bound is at least
+p̂ + p̂ / (K - 1) + 6.4 K q ≥ p̂ + 2 √(6.4 p̂ q) + 6.4 q. ∎ A local bound can be the tighter one only where its complexity
+is not a count: in classes of real-valued weights, which have no code.
 """
 
 from __future__ import annotations
@@ -90,6 +91,4 @@ def local_bound(log_size: float, examples: int, empirical: float, failure_probab
     """
     radius = local_complexity(log_size, examples).fixed_point
     x = math.log(len(_FACTORS) / failure_probability)
-    return min(
-        k / (k - 1) * empirical + _RADIUS * k * radius + x * (_RANGE + _FACTOR * k) / examples for k in _FACTORS
-    )
+    return min(k / (k - 1) * empirical + _RADIUS * k * radius + x * (_RANGE + _FACTOR * k) / examples for k in _FACTORS)

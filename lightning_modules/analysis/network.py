@@ -39,7 +39,7 @@ class OneBitWeight:
 
     @property
     def equal_blocks(self) -> int:
-        """How many equal diagonal blocks the weight has, one after another; 1 where the structure says no such thing."""
+        """How many equal diagonal blocks the weight has, one after another; 1 where its structure has none."""
         if isinstance(self.structure, BlockDiagonal) and self.structure.rows is None and len(self.shape) == 2:
             return self.structure.compact_shape(self.shape)[0]
         return 1
@@ -67,7 +67,9 @@ def one_bit_weights(model: nn.Module) -> list[OneBitWeight]:
     trained = []
     for weight in quantized_weights(model):
         quantizer = weight.quantizer
-        latent = quantizer.structural(weight.latent.detach()).reshape(quantizer.structure.compact_shape(quantizer.shape))
+        latent = quantizer.structural(weight.latent.detach()).reshape(
+            quantizer.structure.compact_shape(quantizer.shape)
+        )
         signs = torch.where(latent >= 0, 1.0, -1.0)
         trained.append(OneBitWeight(weight.name, signs, latent, quantizer.structure, quantizer.shape, weight.latent))
     return packed + trained

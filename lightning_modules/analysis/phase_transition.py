@@ -1,7 +1,7 @@
 r"""How many pairs find the signs of a ±1 operator: predicted for the box relaxation, beside what was measured.
 
-A row s ∈ {-1, 1}^n is to be found from N pairs y = λ s · x + noise by minimising Σ (y - v · x)² over |v| ≤ λ. For inputs x
-with independent normal entries, N / n = κ, and both large, the fraction of right signs of the solution is
+A row s ∈ {-1, 1}^n is to be found from N pairs y = λ s · x + noise by minimising Σ (y - v · x)² over |v| ≤ λ. For
+inputs x with independent normal entries, N / n = κ, and both large, the fraction of right signs of the solution is
 
 .. math:: \Phi(1 / \tau), \qquad \kappa \tau^2 = \sigma^2 + E\,(\mathrm{clip}(1 + \tau h, -1, 1) - 1)^2,
 
@@ -13,8 +13,8 @@ analysis of the box relaxation for BPSK signal recovery", arXiv 1510.01413, Theo
 
 the equation above is that its derivative is zero). The expectation is τ² (1/2 - Q₂) + 4 Q with Q = P(h > 2/τ) and
 Q₂ = E h² 1(h > 2/τ) = (2/τ) φ(2/τ) + Q. Without noise the transition is at κ = 1/2, which
-`pibinn_plugin.sign_recovery` has for finite n. The prediction is for large n and inputs without zeros: it is good below the
-transition and optimistic near it.
+`pibinn_plugin.sign_recovery` has for finite n. The prediction is for large n and inputs without zeros: it is good
+below the transition and optimistic near it.
 """
 
 from __future__ import annotations
@@ -90,18 +90,21 @@ class PairCurve:
     all_right: tuple[float, ...]
 
     def __str__(self) -> str:
+        predicted = [sign_accuracy(n, self.unknowns, self.noise) for n in self.pairs]
+        determined = [signs_determined(n, self.unknowns) for n in self.pairs]
         rows = [
-            [str(n), f"{sign_accuracy(n, self.unknowns, self.noise):.4f}", f"{box:.4f}", f"{start:.4f}"]
-            + [f"{signs_determined(n, self.unknowns):.3f}", f"{whole:.3f}"]
-            for n, box, start, whole in zip(self.pairs, self.box, self.start, self.all_right, strict=True)
+            [str(n), *(f"{fraction:.4f}" for fraction in fractions)]
+            for n, *fractions in zip(
+                self.pairs, predicted, self.box, self.start, determined, self.all_right, strict=True
+            )
         ]
         header = ("pairs N", "predicted", "box", "SignsFromPairs", "rows determined", "rows all right")
         return text_table(header, rows) + (
-            f"Fraction of right signs, rows of {self.unknowns} unknowns; measured on the true operator, mean of "
-            f"{len(_SEEDS)} sets of pairs. predicted: for the box relaxation\nwith normal inputs and large n (arXiv "
-            "1510.01413), optimistic near the transition and for inputs with zeros. rows determined: the probability\n"
-            "that N pairs without noise leave one solution in the box (pibinn_plugin/sign_recovery.py), beside the rows "
-            "of which SignsFromPairs has all signs.\n"
+            f"Fraction of right signs, rows of {self.unknowns} unknowns; measured against the true operator, mean of "
+            f"{len(_SEEDS)} sets of pairs.\npredicted: for the box relaxation with normal inputs and large n (arXiv "
+            "1510.01413), optimistic near the transition\nand for inputs with zeros. rows determined: the probability "
+            "that N pairs without noise leave one solution in the box\n(pibinn_plugin/sign_recovery.py). rows all "
+            "right: of which SignsFromPairs has all signs.\n"
         )
 
 

@@ -55,9 +55,9 @@ class Plan:
         return (
             f"N for a gap of {self.gap:g}, by the loss on the training examples\n"
             + text_table(header, rows, left_columns=1)
-            + f"With probability {1 - FAILURE:g}, the mean loss over the distribution is at most the train loss and the "
-            f"gap. Assumed: N independent\nexamples; floats of 32 bits. flips: the signs that training changes, of "
-            f"{self.lengths.nonzeros:,} in a block; the code tells which.\n"
+            + f"With probability {1 - FAILURE:g}, the mean loss over the distribution is at most the train loss and "
+            f"the gap. Assumed:\nN independent examples; floats of 32 bits. flips: the signs that training changes, of "
+            f"{self.lengths.nonzeros:,} in a block;\nthe code tells which.\n"
         )
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.analysis.comparison import ConvergenceComparison
-from lightning_modules.analysis.finite_class import RISK_BOUNDS
-from lightning_modules.analysis.generalization import Generalization
+from lightning_modules.analysis.generalization import FAILURE, CodeBounds
 from lightning_modules.analysis.geometry import GeometryTable
+from lightning_modules.analysis.kl_bound import code_bound
+from lightning_modules.analysis.phase_transition import PairCurve, sign_accuracy
 from lightning_modules.analysis.sign_history import SignHistory
 from pibinn_plugin.atomic_file import atomic_file
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_bounds", "plot_convergence", "plot_sign_history", "plot_spectra", "save_figure"]
+__all__ = ["plot_bounds", "plot_convergence", "plot_pairs", "plot_sign_history", "plot_spectra", "save_figure"]
 
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -51,7 +52,10 @@ def _styles() -> Iterator[dict[str, Any]]:
 
 
 def plot_convergence(comparison: ConvergenceComparison) -> Figure:
-    """The error of each layer: measured mean as a line, certified error as hollow markers of the same shape.
+    """The error of each layer where something is certified, otherwise the contraction that was measured.
+
+    Error: measured mean as a line, certified error as hollow markers of the same shape. Contraction: the error after a
+    layer over that before it, mean over the examples as a line, largest as hollow markers.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -64,16 +68,34 @@ def plot_convergence(comparison: ConvergenceComparison) -> Figure:
         >>> figure.axes[0].get_yscale()
         'log'
     """
+    certificates = [measured.certificate for measured in comparison.measurements.values()]
+    if not any(bool(certificate.condition[0].all()) for certificate in certificates):
+        return _plot_contraction(comparison)
     figure, axes = _axes("Error after each layer", "layer", "‖e‖₁, summed over the blocks")
     for (name, measured), style in zip(comparison.measurements.items(), _styles(), strict=False):
         mean, certified = measured.errors.sum(-1).mean(1), measured.certificate.errors.sum(-1)
         axes.plot(range(len(mean)), mean.tolist(), label=f"{name}: measured, mean", **style)
         finite = [(layer, error) for layer, error in enumerate(certified.tolist()) if math.isfinite(error)]
-        hollow = {**style, "linestyle": "none", "markerfacecolor": "none", "markersize": 8}
-        axes.plot(*zip(*finite, strict=True), label=f"{name}: certified to layer {finite[-1][0]}", **hollow)
+        axes.plot(*zip(*finite, strict=True), label=f"{name}: certified to layer {finite[-1][0]}", **_hollow(style))
     axes.set_yscale("log")
     axes.legend(fontsize="small")
     return figure
+
+
+def _plot_contraction(comparison: ConvergenceComparison) -> Figure:
+    figure, axes = _axes("Measured contraction (nothing is certified)", "layer", "‖e‖₁ after the layer / before it")
+    for (name, measured), style in zip(comparison.measurements.items(), _styles(), strict=False):
+        contraction = measured.contraction
+        layers = range(1, len(contraction) + 1)
+        axes.plot(layers, contraction.mean(1).tolist(), label=f"{name}: mean", **style)
+        axes.plot(layers, contraction.amax(1).tolist(), label=f"{name}: largest", **_hollow(style))
+    axes.axhline(1.0, color="0.0", linewidth=0.8, label="no progress")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _hollow(style: dict[str, Any]) -> dict[str, Any]:
+    return {**style, "linestyle": "none", "markerfacecolor": "none", "markersize": 8}
 
 
 def plot_spectra(table: GeometryTable) -> Figure:
@@ -126,41 +148,54 @@ def plot_sign_history(history: SignHistory) -> Figure:
     return figure
 
 
-def plot_bounds(report: Generalization, name: str = "union") -> Figure:
-    """One bound of the gap against N for each class, the gap that is the largest possible, and the measured one.
-
-    Args:
-        report: of `generalization_bounds`.
-        name: of the bound, one of ``RISK_BOUNDS``.
+def plot_bounds(report: CodeBounds) -> Figure:
+    """The bound of the true mean loss against N for each scheme, at the loss that was measured, and that loss.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: another bound.
 
     Example:
-        >>> from lightning_modules.analysis.generalization import ClassBounds
-        >>> from lightning_modules.analysis.hypothesis_class import Box, UnrolledClass
-        >>> network_class = UnrolledClass(1.0, 3, (0, 0), nonzeros=(10,), rows=(3,), structure_norms=(3.0,))
-        >>> bounds = ClassBounds("one-bit", network_class, Box(1.0, 1.0, 1.0, 1.0), 1.0, 100, 0.1, 0.2, 0.05)
-        >>> plot_bounds(Generalization({"one-bit": bounds}, 0.1, 100)).axes[0].get_xscale()
+        >>> import torch
+        >>> bits, losses = torch.tensor(1000.0), (torch.tensor([0.1]),)
+        >>> report = CodeBounds({"one-bit": bits}, {"one-bit": losses}, frozenset(["one-bit"]), (100,), "examples")
+        >>> plot_bounds(report).axes[0].get_xscale()
         'log'
     """
-    if name not in RISK_BOUNDS:
-        raise ValueError(f"{name!r} is no bound; expected one of {', '.join(RISK_BOUNDS)}")
-    figure, axes = _axes(f"Bound of the train-test gap: {name}", "training examples N", "gap of the loss (in [0, 1])")
-    first = report.classes["one-bit"]
-    largest = max(count or 0 for count in (b.examples_for(name, report.target_gap) for b in report.classes.values()))
-    stop = math.log10(max(10 * first.examples, 2 * largest))
-    counts = [round(10 ** (1 + (stop - 1) * step / 40)) for step in range(41)]
-    for (kind, bounds), style in zip(report.classes.items(), _styles(), strict=False):
-        gaps = [bounds.gaps(count)[name] for count in counts]
-        axes.plot(counts, gaps, label=kind, markevery=5, **style)
-    axes.axhline(1 - first.train_loss, color="0.0", linewidth=0.8, label="vacuous above")
-    axes.axvline(first.examples, color="0.5", linestyle=(0, (1, 3)), label=f"N = {first.examples:,}")
-    measured = [(b.kind, abs(b.test_loss - b.train_loss)) for b in report.classes.values() if b.test_loss is not None]
-    for (kind, gap), marker in zip(measured, _MARKERS, strict=False):
-        axes.plot(first.examples, gap, marker, color="0.0", markerfacecolor="none", label=f"|measured|, {kind}")
-    axes.set(xscale="log", yscale="log")
+    figure, axes = _axes("Bound of the true mean loss", "training examples N", "mean loss, at most")
+    largest = max(report.counts[-1], *(float(bits.max()) for bits in report.bits.values()))
+    stop = math.log10(100 * largest)
+    counts = [round(10 ** (1 + (stop - 1) * step / 60)) for step in range(61)]
+    for (scheme, bits), style in zip(report.bits.items(), _styles(), strict=False):
+        bounds = [code_bound(report.losses[scheme][-1], bits, count, FAILURE) for count in counts]
+        axes.plot(counts, bounds, label=scheme, markevery=6, **style)
+    for count in report.counts:
+        axes.axvline(count, color="0.5", linestyle=(0, (1, 3)), label=f"N = {count:,}")
+    measured = float(report.losses["one-bit"][-1].mean())
+    axes.axhline(measured, color="0.0", linewidth=0.8, label="train loss, one-bit")
+    axes.set(xscale="log", ylim=(0, 1))
+    axes.legend(fontsize="small")
+    return figure
+
+
+def plot_pairs(curve: PairCurve) -> Figure:
+    """The fraction of right signs by the number of pairs: predicted as a line, measured as markers.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+
+    Example:
+        >>> plot_pairs(PairCurve((20, 30), 64, 0.01, (0.72, 0.84), (0.74, 0.87), (0.0, 0.0))).axes[0].get_xlabel()
+        'pairs N'
+    """
+    figure, axes = _axes(f"Signs found from pairs, rows of {curve.unknowns}", "pairs N", "fraction of right signs")
+    first, last = curve.pairs[0], curve.pairs[-1]
+    grid = [first + (last - first) * step / 200 for step in range(201)]
+    predicted = [sign_accuracy(pairs, curve.unknowns, curve.noise) for pairs in grid]
+    styles = _styles()
+    axes.plot(grid, predicted, label="box, predicted (arXiv 1510.01413)", **{**next(styles), "marker": ""})
+    for label, values in (("box, measured", curve.box), ("SignsFromPairs, measured", curve.start)):
+        axes.plot(curve.pairs, values, label=label, **_hollow(next(styles)))
+    axes.axvline(curve.unknowns / 2, color="0.5", linestyle=(0, (1, 3)), label="N = n / 2")
     axes.legend(fontsize="small")
     return figure
 

@@ -4,8 +4,9 @@ No form of the iteration is assumed, and so nothing is proved: what is printed i
 
 - *y*: ‖∂x̂ / ∂y‖₂ at each example by power iteration, with products of the Jacobian and its transpose by automatic
   differentiation.
-- *a flipped sign*: of each weight the few signs whose flip should change the output most, by the derivative: the mean of
-  (∂⟨v, x̂⟩ / ∂V)² over random signs v is ‖∂x̂ / ∂V‖² for each entry. Each is flipped in the network, and flipped back.
+- *a flipped sign*: of each weight the few signs whose flip should change the output most, by the derivative: the
+  mean of (∂⟨v, x̂⟩ / ∂V)² over random signs v is ‖∂x̂ / ∂V‖² for each entry. Each is flipped in the network, and
+  flipped back.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ T_k = ‖I - g_k W_k A‖₂, of each block for itself, and y, A or W changed,
   d_{k+1} = (T_k + ε ‖g_k W_k‖) d_k + ε ‖g_k W_k‖ ‖x_k‖. Beside it: the largest change for the worst Δ found, by ascent:
   of the linear maximum over ‖Δ‖₂ ≤ ε of ⟨v, x'_K - x_K⟩, with v the direction in which the output moved before. That
   maximum is ε times the polar factor of the gradient.
-- *the sign of one entry w of W_k flipped, in column j*: x_{k+1} moves by at most 2 |g_k w r_j| with r = y - A x_k, and what
-  follows multiplies that by T_{k+1} ... T_{K-1}. Beside it: the largest change of the output over the flips that change
-  x_{k+1} most.
+- *the sign of one entry w of W_k flipped, in column j*: x_{k+1} moves by at most 2 |g_k w r_j| with r = y - A x_k,
+  and what follows multiplies that by T_{k+1} ... T_{K-1}. Beside it: the largest change of the output over the
+  flips that change x_{k+1} most.
 
 Bounds of A and of flips are those of the examples, with their x_k and r. They multiply worst cases that no single
 direction attains in all layers, and grow with the depth where T_k > 1.
@@ -68,10 +68,10 @@ class Stability:
         ]
         header = ("layer", "y: at most", "y: found", "A: at most", "A: found", "flip: at most", "flip: found")
         return text_table(header, rows) + (
-            f"Worst block of {self.examples} test examples. y: change of x after the layer for a change of y of length "
-            f"1. A: change of x after the layer, for A\nchanged by {self.fraction:g} of its norm. flip: change of the "
-            "output by one flipped sign in the layer. The last two over the length of the longest\noutput of a block. "
-            "found: a lower bound of the worst case. Derivation: analysis/stability.py.\n"
+            f"Worst block of {self.examples} test examples. y: change of x after the layer for a change of y of length 1."
+            f"\nA: change of x after the layer, for A changed by {self.fraction:g} of its norm. flip: change of the output "
+            "by one\nflipped sign in the layer. The last two over the length of the longest output of a block. found: a "
+            "lower bound\nof the worst case. Derivation: analysis/stability.py.\n"
         )
 
 
@@ -170,7 +170,8 @@ def _flips(unrolled: Unrolled, y: Tensor, iterates: Tensor, layer: int, spectral
         values[layer] for values in (unrolled.weights, unrolled.step_sizes, unrolled.thresholds)
     )
     residual = y - multiply(unrolled.operator, iterates[layer])
-    change = -2 * step_size * weight * residual[..., None, :]  # of u_i, by the flip of entry (i, j): (examples, b, n, m)
+    # Of u_i, by the flip of entry (i, j), shape (examples, blocks, n, m).
+    change = -2 * step_size * weight * residual[..., None, :]
     bound = (change.abs().amax((-2, -1)) * spectral[layer + 1 :].prod(0)).max()
     u = (iterates[layer] + step_size * multiply(weight, residual))[..., None]
     after = (u + change).sign() * ((u + change).abs() - threshold).clamp_min(0) - iterates[layer + 1][..., None]

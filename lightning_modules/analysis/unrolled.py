@@ -12,6 +12,7 @@ from pibinn_plugin.errors import PIBiNNError
 
 __all__ = ["Unrolled", "multiply", "read_solver"]
 
+_FORM = "certificates are for solvers of the form x ← soft(x + g W (y - A x), θ), such as CoupledISTA"
 LARGEST_DENSE = 1 << 22  # elements of an operator that is made one block: 32 MB, and as much for each layer
 
 
@@ -116,7 +117,7 @@ def read_solver(solver: Any) -> Unrolled:
     """
     missing = [name for name in ("operator", "layers", "step_sizes", "thresholds") if not hasattr(solver, name)]
     if missing:
-        raise PIBiNNError(f"a {type(solver).__name__} has no {', '.join(missing)}; pass tensors to Unrolled instead")
+        raise PIBiNNError(f"{type(solver).__name__} has no {', '.join(missing)}: {_FORM}")
     with torch.no_grad():
         operator = getattr(solver.operator, "blocks", None)
         if operator is None:
@@ -127,10 +128,7 @@ def read_solver(solver: Any) -> Unrolled:
         y = _random_measurements(solver, operator)
         expected = unrolled.run(y.double().cpu().unflatten(-1, (operator.shape[0], -1)))[-1].flatten(-2)
         if not _agree(solver(y), expected):
-            raise PIBiNNError(
-                f"{type(solver).__name__} computes another iteration than that of the certificate; pass the tensors of "
-                f"what you want certified to Unrolled"
-            )
+            raise PIBiNNError(f"{type(solver).__name__} computes something else: {_FORM}")
     return unrolled
 
 
@@ -142,12 +140,12 @@ def _probed(solver: Any, operator: Tensor) -> tuple[Tensor, Tensor]:
     if not unfit:
         return operator, torch.stack([weight for weight in weights if weight is not None])
     if len(operator) == 1:
-        raise PIBiNNError(f"layer {unfit[0]} is not linear; pass the tensors of what you want certified to Unrolled")
+        raise PIBiNNError(f"layer {unfit[0]} is not linear: {_FORM}")
     rows, columns = len(operator) * operator.shape[1], len(operator) * operator.shape[2]
     if rows * columns > LARGEST_DENSE:
         raise PIBiNNError(
             f"layer {unfit[0]} is not block-diagonal in the blocks of the operator, and {rows} x {columns} is too "
-            f"large for one block; see lightning_modules.analysis.matrix_free"
+            f"large for one block: at most {LARGEST_DENSE:,} elements"
         )
     return _probed(solver, torch.block_diag(*operator)[None])
 

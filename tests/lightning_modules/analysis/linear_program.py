@@ -1,4 +1,4 @@
-"""The smallest ρ(s) + s μ of any real weight for an operator, as a linear program: what bounds of s must not exclude."""
+"""The smallest ρ(s) + s μ of any real weight, as a linear program: what bounds of s must not exclude."""
 
 import numpy as np
 from scipy.optimize import linprog
@@ -12,7 +12,7 @@ def smallest_rate(a, sparsity):
     """
     m, n = a.shape
     k = sparsity - 1
-    # Variables: W (n m), μ, ρ, then for each column j: the diagonal's |1 - G_jj|, t_j ≥ 0, and |G_ij|, (|G_ij| - t_j)_+.
+    # Variables: W (n m), μ, ρ, then for each column j: |1 - G_jj|, t_j ≥ 0, and |G_ij|, (|G_ij| - t_j)_+.
     weight = lambda i, r: i * m + r  # noqa: E731
     coherence, factor, first = n * m, n * m + 1, n * m + 2
     diagonal, cut = (lambda j: first + j), (lambda j: first + n + j)

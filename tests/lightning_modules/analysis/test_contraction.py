@@ -1,4 +1,4 @@
-"""Spectral contraction and the existence of contracting signs: against singular values, enumeration and a linear program."""
+"""Spectral contraction and existence: against singular values, all sign patterns and a linear program."""
 
 import importlib.util
 import itertools
