@@ -7,6 +7,7 @@ the form of `CoupledISTA`. What does not apply is named, with the reason.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +106,7 @@ def analyze(run: Trained) -> Analysis:
     try:
         unrolled = read_solver(run.module.solver)
     except PIBiNNError as reason:
-        report.add("Convergence, contraction and stability", f"Not for this solver: {reason}.")
+        report.add("Convergence, contraction and stability", _not_here(reason))
     else:
         _add_convergence(report, run, unrolled)
     y = next(iter(run.data.test_dataloader()))[0]
@@ -116,6 +117,10 @@ def analyze(run: Trained) -> Analysis:
     if (signs := run.signs) is not None:
         report.figures["signs"] = lambda: plot_sign_history(signs)
     return report
+
+
+def _not_here(reason: object) -> str:
+    return textwrap.fill(f"Not for this solver: {reason}.", 116)
 
 
 def plan_examples(module: SolverModule, data: pl.LightningDataModule, gap: float) -> Plan:
@@ -173,7 +178,7 @@ def _add_geometry(report: Analysis, run: Trained) -> None:
     title = "Geometry of the weights against the operator"
     matrix = _operator_matrix(run)
     if isinstance(matrix, str):
-        report.add(title, f"Not for this solver: {matrix}.")
+        report.add(title, _not_here(matrix))
         return
     tables: dict[str, GeometryTable] = {}
     twins = {} if run.float_twin is None else {"float, trained": run.float_twin}
@@ -189,7 +194,7 @@ def _add_geometry(report: Analysis, run: Trained) -> None:
         report.add(title, _together(tables))
         report.figures["spectra"] = lambda: plot_spectra(list(tables.values())[-1])
     if others:
-        report.add(f"{title}: left out", f"Not of the operator's shape: {', '.join(others)}.")
+        report.add(f"{title}: left out", textwrap.fill(f"Not of the operator's shape: {', '.join(others)}.", 116))
 
 
 def _operator_matrix(run: Trained) -> Tensor | str:

@@ -60,13 +60,13 @@ def training_examples(data: pl.LightningDataModule, epochs: int) -> TrainingExam
     if isinstance(data, SparseRecovery):
         if data.training_pairs is not None:
             pairs = data.training_pairs
-            return TrainingExamples(lambda: iter([data.fixed_pairs()]), pairs, pairs, f"the {pairs:,} training pairs")
+            return TrainingExamples(lambda: iter([data.fixed_pairs()]), pairs, pairs, "the training pairs")
         length = data.train_examples
         return TrainingExamples(
             lambda: (data.draw_epoch(length, epoch) for epoch in range(epochs)),
             length * epochs,
             length,
-            f"examples drawn anew in each of {epochs} epochs",
+            f"drawn anew in each epoch; epochs: {epochs}",
         )
     if isinstance(data, EEGDenoiseNet):
         return (

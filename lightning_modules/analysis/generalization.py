@@ -16,6 +16,7 @@ network of its own, with its own bits and the floats that all share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -43,7 +44,6 @@ __all__ = [
 ]  # fmt: skip
 
 FAILURE = 0.05  # δ, of each bound
-_LN2 = 0.6931471805599453
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,15 @@ class CodeBounds:
         pairs = zip(self.losses[scheme], self.counts, strict=True)
         return [code_bound(losses, self.bits[scheme], count, FAILURE) for losses, count in pairs]
 
+    @property
+    def tightest(self) -> float:
+        """The smallest bound of a network that was trained, for the largest N."""
+        return min(self.bounds(scheme)[-1] for scheme in self.trained)
+
     def local(self, scheme: str) -> float:
         """The local Rademacher bound for the largest N, of as many networks as the bits tell apart."""
         losses = self.losses[scheme][-1].tolist()
-        size, share = float(self.bits[scheme]) * _LN2, FAILURE / len(losses)
+        size, share = float(self.bits[scheme]) * math.log(2), FAILURE / len(losses)
         return sum(min(1.0, local_bound(size, self.counts[-1], loss, share)) for loss in losses) / len(losses)
 
     def __str__(self) -> str:
@@ -139,25 +144,26 @@ class Generalization:
 
     def __str__(self) -> str:
         blocks = f", the mean over {self.blocks} blocks of" if self.blocks > 1 else ","
-        lines = [f"{self.held_out}The estimate 0 has {self.trivial:.4f}.\n"]
+        held_out = f"{self.held_out}The estimate 0 has {self.trivial:.4f}.\n"
         if self.twin is not None:
-            lines.append(f"Float twin. {self.twin}")
+            held_out += f"Float twin. {self.twin}"
         if isinstance(self.code, str):
-            lines.append(f"No bound from training examples: {self.code}.\n")
+            parts = [held_out, f"No bound from training examples: {self.code}.\n"]
         else:
-            lines.append("From the training examples, the true mean loss is at most\n")
-            lines.append(f"{self.code}{_LEGEND.format(**vars(self.code), failure=FAILURE)}")
-        lines.append(f"loss: of an example{blocks} min(1, mean squared error / {self.power:g}).\n")
-        return "".join(lines)
+            code = f"From the training examples, the true mean loss is at most\n{self.code}"
+            parts = [held_out, code + _LEGEND.format(**vars(self.code), failure=FAILURE)]
+            if self.code.tightest < self.held_out.high:
+                parts.reverse()
+        loss = f"loss: of an example{blocks} min(1, mean squared error / {self.power:g}).\n"
+        return "".join([*parts, loss])
 
 
 _LEGEND = """\
-Each entry fails with probability {failure:g} at most. Assumed: the N examples are independent and of the distribution
-that new ones are of ({source}); physics and structure
-are known before; every float is one of 32 bits. The network may have been chosen on these examples in any way.
-*: no such network was trained; it is given the loss of this one. flips: the code tells which signs differ from those
-before training: {flipped:,} do. local: the local Rademacher bound for the largest N, nowhere below the bound by codes
-(analysis/local_bound.py). Theorem: analysis/kl_bound.py, code_length.py.
+Each entry fails with probability {failure:g} at most. Assumed: N independent examples, of the distribution of new ones
+({source}); physics and structure known before; floats of 32 bits. The network may have
+been chosen on these examples in any way. *: no such network was trained; it is given the loss of this one.
+flips: the code tells which signs differ from those before training: {flipped:,} do. local: the local Rademacher bound
+for the largest N, nowhere below the bound by codes (analysis/local_bound.py). Theorem: analysis/kl_bound.py.
 """
 
 

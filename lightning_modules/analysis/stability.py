@@ -30,7 +30,7 @@ from pibinn_plugin.tables import text_table
 
 __all__ = ["Stability", "stability"]
 
-_ASCENTS = 8
+_STARTS, _ASCENTS = 3, 6
 _FLIPS = 128  # of each layer, block and example
 _LARGEST_BATCH = 1 << 18  # entries of all Jacobians that are held at one time
 
@@ -132,34 +132,37 @@ def _jacobians(unrolled: Unrolled, y: Tensor, iterates: Tensor) -> Tensor:
 
 
 def _worst_operator(unrolled: Unrolled, y: Tensor, iterates: Tensor, radius: Tensor) -> Tensor:
-    """The largest change of each iterate, of an operator whose change moves the output far."""
+    """The largest change of each iterate, of operators whose change moves the output far: one for each example."""
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(iterates[-1].shape, generator=generator, dtype=torch.float64)
     worst = torch.zeros(len(iterates) - 1, dtype=torch.float64)
-    change = torch.zeros_like(unrolled.operator)
-    for _ in range(_ASCENTS):
-        change = change.requires_grad_()
-        output = _run(unrolled, y, unrolled.operator + change)[-1]
-        (gradient,) = torch.autograd.grad((direction * output).sum(), change)
-        left, _, right = torch.linalg.svd(gradient, full_matrices=False)
-        change = radius[:, None, None] * (left @ right)
-        moved = _run(unrolled, y, unrolled.operator + change) - iterates
-        worst = torch.maximum(worst, moved[1:].norm(dim=-1).amax((1, 2)))
-        direction = moved[-1]
+    for _ in range(_STARTS):
+        direction = torch.randn(iterates[-1].shape, generator=generator, dtype=torch.float64)
+        change = torch.zeros(len(y), *unrolled.operator.shape, dtype=torch.float64)
+        for _ in range(_ASCENTS):
+            change = change.requires_grad_()
+            output = _run(unrolled, y, unrolled.operator + change)[-1]
+            (gradient,) = torch.autograd.grad((direction * output).sum(), change)
+            left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+            change = radius[:, None, None] * (left @ right)
+            moved = _run(unrolled, y, unrolled.operator + change) - iterates
+            worst = torch.maximum(worst, moved[1:].norm(dim=-1).amax((1, 2)))
+            direction = moved[-1]
     return worst
 
 
-def _run(unrolled: Unrolled, y: Tensor, operator: Tensor) -> Tensor:
-    """The iterates with another operator, differentiable in it."""
-    iterates = [torch.zeros(*y.shape[:-1], operator.shape[-1], dtype=torch.float64)]
+def _run(unrolled: Unrolled, y: Tensor, operators: Tensor) -> Tensor:
+    """The iterates with another operator for each example, differentiable in it."""
+    x = torch.zeros(*y.shape[:-1], operators.shape[-1], dtype=torch.float64)
+    iterates = [x]
     for layer in range(len(unrolled.step_sizes)):
-        iterates.append(_step(unrolled, layer, iterates[-1], y, operator))
+        x = _step(unrolled, layer, x, y - (operators @ x[..., None])[..., 0])
+        iterates.append(x)
     return torch.stack(iterates)
 
 
-def _step(unrolled: Unrolled, layer: int, x: Tensor, y: Tensor, operator: Tensor) -> Tensor:
+def _step(unrolled: Unrolled, layer: int, x: Tensor, residual: Tensor) -> Tensor:
     assert unrolled.thresholds is not None  # what was run has them
-    u = x + unrolled.step_sizes[layer] * multiply(unrolled.weights[layer], y - multiply(operator, x))
+    u = x + unrolled.step_sizes[layer] * multiply(unrolled.weights[layer], residual)
     return u.sign() * (u.abs() - unrolled.thresholds[layer]).clamp_min(0)
 
 
@@ -182,5 +185,5 @@ def _flips(unrolled: Unrolled, y: Tensor, iterates: Tensor, layer: int, spectral
     start = iterates[layer + 1].expand(chosen.shape[-1], -1, -1, -1).clone()
     start.scatter_add_(-1, row.movedim(-1, 0)[..., None], immediate.gather(-1, chosen).movedim(-1, 0)[..., None])
     for following in range(layer + 1, len(unrolled.step_sizes)):
-        start = _step(unrolled, following, start, y, unrolled.operator)
+        start = _step(unrolled, following, start, y - multiply(unrolled.operator, start))
     return bound, (start - iterates[-1]).norm(dim=-1).max()

@@ -1,21 +1,16 @@
 """Spectral contraction and existence: against singular values, all sign patterns and a linear program."""
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from linear_program import smallest_rate
 
 from lightning_modules.analysis.contraction import one_bit_existence, spectral_contraction
 from lightning_modules.analysis.convergence import layer_constants
 from lightning_modules.analysis.unrolled import Unrolled
 from lightning_modules.operators import GaussianBlocks, SignBlocks
-
-_path = Path(__file__).with_name("linear_program.py")
-linear_program = importlib.util.module_from_spec(importlib.util.spec_from_file_location("linear_program", _path))
-linear_program.__spec__.loader.exec_module(linear_program)
 
 
 def contracts(a, weight, sparsity):
@@ -96,7 +91,7 @@ def test_no_float_weight_contracts_above_the_bound(seed, shape):
     """Among these are those of which (1 + ‖z‖₁) / 2, the bound of a coarser condition, is below what weights reach."""
     a = small_operator(seed, shape)
     reached = 0
-    while reached < shape[1] and linear_program.smallest_rate(a.numpy(), reached + 1) < 1 - 1e-7:
+    while reached < shape[1] and smallest_rate(a.numpy(), reached + 1) < 1 - 1e-7:
         reached += 1
     assert reached <= one_bit_existence(a).float_impossible_above
 
@@ -106,7 +101,7 @@ def test_operators_on_which_the_bound_of_the_coarser_condition_is_wrong(seed):
     a = torch.randn(7, 8, generator=torch.Generator().manual_seed(seed)).double()
     sizes = [np.abs(np.linalg.lstsq(np.delete(a.numpy(), i, 1), a[:, i].numpy())[0]).sum() for i in range(8)]
     assert (1 + min(sizes)) / 2 <= 2  # d + (2s - 1) μ < 1 is impossible for s = 2
-    assert linear_program.smallest_rate(a.numpy(), 2) < 1
+    assert smallest_rate(a.numpy(), 2) < 1
     assert one_bit_existence(a).float_impossible_above >= 2
 
 

@@ -1,153 +1,152 @@
-"""The report on a solver: bounds that hold for the worst choice of signs, and what it prints."""
+"""Bounds of the loss on new examples: losses and groups by hand, blocks that are found, and the worst choice of signs."""
 
 import copy
-import dataclasses
 import itertools
-import math
 
 import pytest
 import torch
-from torch import nn
+from eeg_files import write_small_data_set
 
 import pibinn_plugin as pb
-from lightning_modules.analysis.finite_class import RISK_BOUNDS
-from lightning_modules.analysis.generalization import generalization_bounds, tied_layers
+from lightning_modules.analysis.code_length import code_lengths
+from lightning_modules.analysis.examples import (
+    example_losses,
+    held_out_groups,
+    mean_power,
+    on_device,
+    training_examples,
+)
+from lightning_modules.analysis.generalization import FAILURE, code_bounds, generalization, separable_blocks
+from lightning_modules.analysis.kl_bound import code_bound
+from lightning_modules.analysis.network import float_parameters, one_bit_weights
+from lightning_modules.data.eegdenoisenet import EEGDenoiseNet
 from lightning_modules.data.sparse_recovery import SparseRecovery
 from lightning_modules.operators import GaussianBlocks, SignBlocks
 from lightning_modules.solvers.coupled_ista import CoupledISTA
+from lightning_modules.solvers.learned_amp import LearnedAMP
+
+OPERATOR = SignBlocks(blocks=2, rows=3, columns=4)
 
 
-def examples(operator, count, seed, **options):
-    return SparseRecovery(operator, **options).draw(count, seed)
+def one_bit(solver):
+    return pb.prepare(solver, {"layers.*.weight": None})
 
 
-def one_bit_solver(operator, layers=2):
-    return pb.prepare(CoupledISTA(operator, layers), {"layers.*.weight": None})
+def recovery(operator=OPERATOR, **options):
+    options = {"train_examples": 300, "evaluation_examples": 200, "batch_size": 50, **options}
+    data = SparseRecovery(operator, **options)
+    data.setup()
+    return data
 
 
 @pytest.fixture(scope="module")
-def small():
-    operator = SignBlocks(blocks=2, rows=3, columns=4)
-    return one_bit_solver(operator), examples(operator, 300, 0), examples(operator, 200, 1)
-
-
-def test_losses_by_hand(small):
-    solver, train, test = small
-    bounds = generalization_bounds(solver, train, test).classes["one-bit"]
-    assert bounds.clip / 2 < train[1].square().sum(-1).mean() <= bounds.clip
-    assert bounds.box.measurement / 2 < train[0].norm(dim=-1).max() <= bounds.box.measurement
+def report():
+    untrained = one_bit(CoupledISTA(OPERATOR, 2))
+    model = copy.deepcopy(untrained)
     with torch.no_grad():
-        loss = ((solver(test[0]) - test[1]).square().sum(-1) / bounds.clip).clamp(max=1)
-    assert bounds.test_loss == pytest.approx(loss.mean().item(), rel=1e-5)
-    assert bounds.box.weight / 2 < pb.global_scale(solver)().item() <= bounds.box.weight
-    outlier = (torch.cat([test[0], 1e6 * torch.ones(1, 6)]), torch.cat([test[1], torch.zeros(1, 8)]))
-    louder = generalization_bounds(solver, train, outlier).classes["one-bit"]
-    assert louder.test_loss * 201 == pytest.approx(bounds.test_loss * 200 + 1)
+        model.layers[0].parametrizations.weight.original[0, 0, 0] *= -1
+    return generalization(model, recovery(), epochs=3, untrained=untrained, twin=CoupledISTA(OPERATOR, 2)), model
 
 
-def test_the_worst_choice_of_signs_is_within_the_bounds():
-    """Of all 2^6 sign patterns, the one with the largest gap between a small sample and the distribution."""
-    operator = GaussianBlocks(blocks=1, rows=2, columns=3)
-    solver = one_bit_solver(operator, layers=1)
-    train, test = (examples(operator, count, seed, sparsity=0.5) for count, seed in ((4000, 0), (20_000, 1)))
-    gaps = []
-    for signs in itertools.product((-1.0, 1.0), repeat=6):
-        chosen = copy.deepcopy(solver)
-        with torch.no_grad():
-            chosen.layers[0].parametrizations.weight.original.copy_(torch.tensor(signs).reshape(3, 2))
-        report = generalization_bounds(chosen, train, test).classes["one-bit"]
-        gap = report.test_loss - report.train_loss
-        assert all(gap < bound for bound in report.gaps().values())
-        gaps.append(gap)
-    assert max(gaps) > 0
-    assert not report.vacuous["union"] and not report.vacuous["global"]
-
-
-def test_more_data_and_fewer_nonzeros_are_better(small):
-    solver, train, test = small
-    report = generalization_bounds(solver, train, test)
-    for bounds in report.classes.values():
-        gaps = [bounds.gaps(n) for n in (10**3, 10**6, 10**9, 10**12)]
-        wider = dataclasses.replace(bounds.network_class, nonzeros=(48, 48))
-        for name in RISK_BOUNDS:
-            assert sorted((gap[name] for gap in gaps), reverse=True) == [gap[name] for gap in gaps]
-            assert dataclasses.replace(bounds, network_class=wider).gaps()[name] > bounds.gaps()[name]
-    sizes = [bounds.log_size() for bounds in report.classes.values()]
-    assert sizes == sorted(sizes)
-
-
-def test_the_examples_for_a_gap(small):
-    bounds = generalization_bounds(*small).classes["one-bit"]
-    for name in RISK_BOUNDS:
-        n = bounds.examples_for(name, 0.05)
-        assert bounds.gaps(n)[name] <= 0.05 < bounds.gaps(n - 1)[name]
-
-
-def test_twins_have_their_own_losses_and_boxes(small):
-    solver, train, test = small
-    twin = CoupledISTA(solver.operator, 2)
+def test_losses_and_bounds_by_hand(report):
+    found, model = report
+    data = recovery()
+    power = float(f"{torch.cat([x for _, x in data.val_dataloader()]).square().mean():.1e}")
+    assert found.power == power == mean_power(data.val_dataloader())
+    assert found.blocks == 2
+    y, x = (torch.cat([data.draw_epoch(300, epoch)[part] for epoch in range(3)]) for part in range(2))
     with torch.no_grad():
-        twin.layers[0].weight.mul_(5)
-    report = generalization_bounds(solver, train, test, twins={"float": twin})
-    assert report.classes["float"].box.weight > report.classes["one-bit"].box.weight
-    assert report.classes["float"].train_loss != report.classes["one-bit"].train_loss
-    assert report.classes["ternary"].test_loss is None
-    assert report.classes["ternary"].train_loss == report.classes["one-bit"].train_loss
+        losses = ((model(y) - x).unflatten(-1, (2, 4)).square().mean(-1) / power).clamp(max=1).double()
+    assert found.code.counts == (300, 900)
+    torch.testing.assert_close(found.code.losses["one-bit"][1], losses.mean(0))
+    torch.testing.assert_close(found.code.losses["one-bit"][0], losses[:300].mean(0))
+    bits = 2 * 12 + 32 * 5  # signs of a block in two layers; step sizes, thresholds and λ
+    assert found.code.bounds("one-bit")[1] == pytest.approx(code_bound(losses.mean(0), bits, 900, FAILURE))
+    assert found.code.flipped == 1
+    assert found.code.bits["one-bit, flips"][0] > found.code.bits["one-bit, flips"][1]
+    assert found.code.trained == {"one-bit", "one-bit, flips", "float"}
+    y, x = data.test_set.tensors
+    with torch.no_grad():
+        held_out = ((model(y) - x).unflatten(-1, (2, 4)).square().mean(-1) / power).clamp(max=1)
+    assert found.held_out.measured == pytest.approx(held_out.mean().item(), rel=1e-5)
+    assert found.held_out.groups == found.held_out.examples == 200
 
 
-def test_tied_layers_count_once(small):
-    _, train, test = small
-    tied = CoupledISTA(SignBlocks(blocks=2, rows=3, columns=4), 3)
-    tied.layers = nn.ModuleList([tied.layers[0]] * 3)
-    other = CoupledISTA(SignBlocks(blocks=2, rows=3, columns=4), 3)  # equal weights, but free to differ
-    assert tied_layers(tied) == (0, 0, 0)
-    assert tied_layers(pb.convert(one_bit_solver(other.operator, 3))) == (0, 1, 2)
-    sizes = [generalization_bounds(solver, train, test).classes["one-bit"].log_size() for solver in (tied, other)]
-    assert sizes[1] - sizes[0] == pytest.approx(2 * 24 * math.log(2))
-
-
-def test_the_report_says_when_it_says_nothing(small):
-    solver, train, test = small
-    text = str(generalization_bounds(solver, train, test))
-    assert "VACUOUS at N = 300: every bound of every class" in text
-    assert "Assumed: 300 training examples, independent" in text
-    assert "Theorem 3.3" in text
+def test_the_tightest_comes_first_and_every_line_fits(report):
+    text = str(report[0])
+    assert text.startswith("Held out: mean loss")
+    order = [
+        line.split("  ")[0].strip() for line in text.splitlines() if line.startswith((" one-bit", " ternary", " float"))
+    ]
+    bounds = [report[0].code.bounds(scheme)[-1] for scheme in order]
+    assert bounds == sorted(bounds)
     assert max(map(len, text.splitlines())) <= 120
-    line = next(line.split() for line in text.splitlines() if line.strip().startswith("one-bit"))
-    bounds = generalization_bounds(solver, train, test).classes["one-bit"]
-    assert line[2:6] == [f"{gap:.4g}" for gap in bounds.gaps().values()]
-    assert float(line[8]) == pytest.approx(bounds.test_loss - bounds.train_loss, rel=1e-3)
-    assert line[-1] == "all"
+    many = copy.copy(report[0].code)
+    object.__setattr__(many, "counts", (10**6, 10**8))
+    assert not str(type(report[0])(**{**vars(report[0]), "code": many})).startswith("Held out")
 
 
-def test_a_bound_that_says_something_is_named():
-    operator = GaussianBlocks(blocks=1, rows=1, columns=2)
-    solver = one_bit_solver(operator, layers=1)
-    text = str(generalization_bounds(solver, examples(operator, 20_000, 0), examples(operator, 10, 1)))
-    assert "At N = 20,000, a bound that is not vacuous: one-bit, ternary, channel-wise, float" in text
-    assert "VACUOUS" not in text
+def test_the_worst_choice_of_signs_is_within_the_bound():
+    """Of all 2^6 sign patterns, each on the training examples that it could have been chosen on."""
+    operator = GaussianBlocks(blocks=1, rows=2, columns=3)
+    test = [recovery(operator, sparsity=0.5).draw(20_000, seed=5)]
+    samples = [training_examples(recovery(operator, sparsity=0.5, training_pairs=200, seed=s), 1) for s in range(3)]
+    solver = one_bit(CoupledISTA(operator, layers=1))
+    lengths, gaps = code_lengths(one_bit_weights(solver), float_parameters(solver)), []
+    for signs, examples in itertools.product(itertools.product((-1.0, 1.0), repeat=6), samples):
+        with torch.no_grad():
+            solver.layers[0].parametrizations.weight.original.copy_(torch.tensor(signs).reshape(3, 2))
+        bounds = code_bounds(lengths, {"one-bit": solver}, examples, power=0.5)
+        true = example_losses(solver, test, 0.5).mean().item()
+        assert true <= bounds.bounds("one-bit")[0] < 1
+        gaps.append(true - bounds.losses["one-bit"][0].item())
+    assert max(gaps) > 0
 
 
-def test_what_does_not_fit_is_refused(small):
-    solver, train, test = small
-    with pytest.raises(pb.PIBiNNError, match="Linear has no operator"):
-        generalization_bounds(nn.Linear(2, 2), train, test)
-    with pytest.raises(pb.PIBiNNError, match="twins of the kinds binary"):
-        generalization_bounds(solver, train, test, twins={"binary": solver})
-    with pytest.raises(pb.PIBiNNError, match="twins of the kinds one bit"):
-        generalization_bounds(solver, train, test, twins={"one bit": solver})
-    uneven = CoupledISTA(solver.operator, 2)
-    with torch.no_grad():
-        uneven.layers[1].weight.mul_(2)
-    with pytest.raises(pb.PIBiNNError, match=r"magnitudes from .* expected one-bit weights with one scale"):
-        generalization_bounds(uneven, train, test)
-    with pytest.raises(pb.PIBiNNError, match="the float twin has another operator or depth"):
-        generalization_bounds(solver, train, test, twins={"float": CoupledISTA(solver.operator, 3)})
-    with pytest.raises(ValueError, match=r"expected \(N, 6\) and \(N, 8\)"):
-        generalization_bounds(solver, train, (test[0], test[1][:-1]))
-    with pytest.raises(ValueError, match="not finite"):
-        generalization_bounds(solver, (train[0] * math.nan, train[1]), test)
-    with pytest.raises(pb.PIBiNNError, match="the largest norm of y is"):
-        generalization_bounds(solver, (train[0] * 1e25, train[1]), test)
-    with pytest.raises(ValueError, match="target_gap=0"):
-        generalization_bounds(solver, train, test, target_gap=0)
+def test_blocks_are_found_where_they_do_not_see_each_other():
+    data = recovery()
+    for solver in (CoupledISTA(OPERATOR, 2), LearnedAMP(OPERATOR, 2, correction="both")):
+        assert separable_blocks(one_bit(solver), one_bit_weights(solver), data) == 2
+
+    class Mixed(CoupledISTA):
+        def forward(self, y):
+            return super().forward(y) + y.mean()
+
+    mixed = one_bit(Mixed(OPERATOR, 2))
+    assert separable_blocks(mixed, one_bit_weights(mixed), data) == 1
+    dense = one_bit(CoupledISTA(GaussianBlocks(1, 6, 8), 2))
+    assert separable_blocks(dense, one_bit_weights(dense), data) == 1
+
+
+def test_examples_that_repeat_count_once():
+    pairs = training_examples(recovery(training_pairs=40), epochs=12)
+    assert pairs.count == pairs.of_one_epoch == sum(len(y) for y, _ in pairs.draw()) == 40
+    fresh = training_examples(recovery(), epochs=12)
+    assert (fresh.count, fresh.of_one_epoch) == (3600, 300)
+    assert len(torch.cat([y for y, _ in fresh.draw()]).unique(dim=0)) == 3600
+
+
+def test_eeg_counts_subjects(tmp_path):
+    write_small_data_set(tmp_path)
+    data = EEGDenoiseNet(tmp_path, batch_size=4)
+    data.setup("fit")
+    groups, unit = held_out_groups(data)
+    assert len(groups) == len(data.test_set)
+    index = [line.split(",") for line in (tmp_path / "EEG_index.csv").read_text().splitlines()]
+    subject, split = index[0].index("subject"), index[0].index("split")
+    expected = {row[subject] for row in index[1:] if row[split] == "test"}
+    assert int(groups.max()) + 1 == len(expected)
+    assert unit.startswith("subjects")
+    assert "not independent" in training_examples(data, 1)
+
+
+def test_what_is_not_finite_is_the_largest_loss():
+    batch = (torch.zeros(3, 2), torch.ones(3, 2))
+    values = torch.tensor([float("nan"), float("inf"), 1.0])
+    losses = example_losses(lambda y: values[:, None].expand(3, 2), [batch], 1.0)
+    assert losses.flatten().tolist() == [1.0, 1.0, 0.0]
+
+
+def test_a_solver_runs_where_its_parameters_are():
+    model = one_bit(CoupledISTA(OPERATOR, 2)).double()
+    assert on_device(model)(torch.zeros(1, 6)).dtype == torch.float32

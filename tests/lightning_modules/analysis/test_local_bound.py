@@ -1,4 +1,4 @@
-"""Bounds for finite classes against suprema, Rademacher averages and failures that are enumerated or simulated."""
+"""The local bound against Rademacher averages and failures that are enumerated or simulated."""
 
 import itertools
 import math
@@ -9,14 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_modules.analysis.finite_class import (
-    RISK_BOUNDS,
-    SubRoot,
-    local_complexity,
-    massart_bound,
-    required_examples,
-    risk_bounds,
-)
+from lightning_modules.analysis.kl_bound import code_bound
+from lightning_modules.analysis.local_bound import SubRoot, local_bound, local_complexity
 from lightning_modules.analysis.unrolled import Unrolled
 
 LOG_SIZES = st.floats(0, 1e7)
@@ -60,20 +54,6 @@ def rademacher(losses, sample, weights=1.0):
     return sums.max(0).mean()
 
 
-@pytest.mark.parametrize("examples", [1, 3, 5])
-def test_the_expected_supremum_is_within_twice_the_rademacher_average_within_massart(losses, examples):
-    true = losses @ PROBABILITIES
-    supremum = average = 0.0
-    for sample, probability in samples(examples):
-        supremum += probability * (true - losses[:, sample].mean(1)).max()
-        of_sample = rademacher(losses, sample)
-        assert of_sample <= massart_bound(LOG_SIZE, examples)
-        average += probability * of_sample
-    assert 0 < supremum <= 2 * average <= 2 * massart_bound(LOG_SIZE, examples)
-    bounds = risk_bounds(LOG_SIZE, examples, 0.5)
-    assert 0.5 + supremum <= min(bounds.values())
-
-
 @pytest.mark.parametrize("examples", [1, 4])
 def test_psi_bounds_the_local_rademacher_average(losses, examples):
     psi, squares = local_complexity(LOG_SIZE, examples), losses**2 @ PROBABILITIES
@@ -86,15 +66,6 @@ def test_psi_bounds_the_local_rademacher_average(losses, examples):
         assert 0 < average <= psi(r)
 
 
-def test_massart_is_nearly_attained():
-    """Fair coins: no bound of less than 0.8 of Massart's holds."""
-    generator = np.random.default_rng(0)
-    functions = generator.integers(0, 2, (2048, 400)).astype(float)
-    signs = generator.integers(0, 2, (400, 300)) * 2.0 - 1
-    average = ((functions @ signs) / 400).max(0).mean()
-    assert 0.8 * massart_bound(math.log(2048), 400) < average < massart_bound(math.log(2048), 400)
-
-
 def failures(losses, examples, draws, bound):
     """The fraction of samples for which some function is above its bound."""
     counts = np.random.default_rng(1).multinomial(examples, PROBABILITIES, size=draws)
@@ -102,16 +73,19 @@ def failures(losses, examples, draws, bound):
     return (true > bound(empirical)).any(1).mean()
 
 
-@pytest.mark.parametrize("name", RISK_BOUNDS)
-def test_bounds_fail_no_more_often_than_they_say(losses, name):
-    examples = 300_000 if name == "local" else 3000
-    table = np.array(
-        [risk_bounds(LOG_SIZE, examples, p, failure_probability=0.3)[name] for p in np.linspace(0, 1, 101)]
-    )
-    assert table[5] < 1  # not vacuous
+def test_the_bound_fails_no_more_often_than_it_says(losses):
+    examples = 3000
+    table = np.array([local_bound(LOG_SIZE, examples, p, 0.3) for p in np.linspace(0, 1, 101)])
+    assert table[5] < 1  # it says something
     rounded = lambda empirical: table[np.floor(empirical * 100).astype(int).clip(0, 100)]  # noqa: E731  # a lower one
     assert failures(losses, examples, 2000, rounded) <= 0.3
     assert failures(losses, examples, 200, lambda empirical: empirical) > 0.5  # without a bound there are failures
+
+
+@given(LOG_SIZES, COUNTS, st.floats(0, 1), st.floats(1e-4, 0.5))
+def test_it_is_nowhere_below_the_bound_by_codes(log_size, examples, empirical, failure):
+    by_code = code_bound(torch.tensor([empirical], dtype=torch.float64), log_size / math.log(2), examples, failure)
+    assert local_bound(log_size, examples, empirical, failure) >= by_code - 1e-9
 
 
 @given(st.floats(0, 1e3), st.floats(0, 1e3), st.floats(0, 1e6), st.floats(0, 1e6))
@@ -134,15 +108,11 @@ def test_the_fixed_point_solves_its_equation_and_is_the_only_one(log_size, examp
     assert psi(0.99 * r) > 0.99 * r
 
 
-@given(LOG_SIZES, COUNTS, st.floats(0, 1), st.floats(0, 0.1))
-def test_bounds_grow_with_the_class_and_shrink_with_the_examples(log_size, examples, empirical, resolution):
-    first = risk_bounds(log_size, examples, empirical, resolution)
-    larger = risk_bounds(2 * log_size + 1, examples, empirical, resolution)
-    more = risk_bounds(log_size, 2 * examples, empirical, resolution)
-    coarser = risk_bounds(log_size, examples, empirical, resolution + 0.1)
-    for name, bound in first.items():
-        assert empirical < bound < larger[name]
-        assert more[name] < bound < coarser[name]
+@given(LOG_SIZES, COUNTS, st.floats(0, 1))
+def test_the_bound_grows_with_the_class_and_shrinks_with_the_examples(log_size, examples, empirical):
+    first = local_bound(log_size, examples, empirical, 0.05)
+    assert empirical < first < local_bound(2 * log_size + 1, examples, empirical, 0.05)
+    assert local_bound(log_size, 2 * examples, empirical, 0.05) < first
 
 
 def test_constants_are_those_of_the_theorem():
@@ -151,32 +121,7 @@ def test_constants_are_those_of_the_theorem():
     psi = local_complexity(0.0, n)
     assert psi.slope == pytest.approx(math.sqrt(2 * math.log(2) / n))
     assert psi.offset == pytest.approx(math.log(2) / (3 * n))
-    bounds = risk_bounds(0.0, n, 0.0)
-    for name, (radius, span, factor) in {"local": (704, 11, 26), "local, star": (7.04, 21, 6.4)}.items():
-        expected = radius * 2 * psi.fixed_point + x * (span + factor * 2) / n
-        assert bounds[name] == pytest.approx(expected)
+    expected = 7.04 * 2 * psi.fixed_point + x * (21 + 6.4 * 2) / n
+    assert local_bound(0.0, n, 0.0, 0.05) == pytest.approx(expected)
     # K is chosen: with much empirical error it is a large one.
-    assert risk_bounds(0.0, 10**9, 0.5)["local"] < 0.51
-
-
-@given(st.floats(0, 1e4), st.floats(0.01, 0.9))
-def test_required_examples_are_enough_and_one_less_is_not(log_size, target):
-    def bound(n):
-        return risk_bounds(log_size, n, 0.0)["union"]
-
-    n = required_examples(bound, target)
-    assert bound(n) <= target
-    assert n == 1 or bound(n - 1) > target
-    assert required_examples(lambda n: 1.0, target) is None
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"examples": 0}, {"log_size": -1.0}, {"empirical": 1.1}, {"resolution": -1.0}, {"failure_probability": 0.0},
-        {"empirical": math.nan},
-    ],
-)  # fmt: skip
-def test_impossible_arguments_are_refused(wrong):
-    with pytest.raises(ValueError, match="expected at least one function"):
-        risk_bounds(**({"log_size": 1.0, "examples": 10, "empirical": 0.1} | wrong))
+    assert local_bound(0.0, 10**9, 0.5, 0.05) < 0.51
