@@ -98,9 +98,9 @@ def held_out_groups(data: pl.LightningDataModule) -> tuple[Tensor, str]:
             subjects = [row["subject"] for row in index if row["split"] == "test"]
             numbers = {subject: number for number, subject in enumerate(dict.fromkeys(subjects))}
             of_epoch = torch.tensor([numbers[subject] for subject in subjects])
-            return of_epoch[data.test_set.pairing.clean], "subjects, for the artifacts of the test set"
+            return of_epoch[data.test_set.pairing.clean], "subjects (the artifacts taken as given)"
         epoch = data.test_set.pairing.clean
-        return torch.zeros_like(epoch), "subjects (no index names them: all one group)"
+        return torch.zeros_like(epoch), "group (no index names the subjects)"
     return torch.arange(count), "images" if isinstance(data, BSDS500) else "examples"
 
 

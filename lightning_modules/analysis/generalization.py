@@ -17,6 +17,7 @@ network of its own, with its own bits and the floats that all share.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -68,8 +69,8 @@ class HeldOut:
 
     def __str__(self) -> str:
         return (
-            f"Held out: mean loss {self.measured:.4f} on {self.examples:,} test examples ({self.groups:,} independent "
-            f"{self.unit}); the true mean is\nbetween {self.low:.4f} and {self.high:.4f} (width "
+            f"Held out: mean loss {self.measured:.4f} on {self.examples:,} test examples, of {self.groups:,} independent "
+            f"{self.unit}.\nThe true mean is between {self.low:.4f} and {self.high:.4f} (width "
             f"{self.high - self.low:.4f}) with probability {1 - FAILURE:g}, whatever the weights are.\n"
         )
 
@@ -148,7 +149,7 @@ class Generalization:
         if self.twin is not None:
             held_out += f"Float twin. {self.twin}"
         if isinstance(self.code, str):
-            parts = [held_out, f"No bound from training examples: {self.code}.\n"]
+            parts = [held_out, textwrap.fill(f"No bound from training examples: {self.code}.", 116) + "\n"]
         else:
             code = f"From the training examples, the true mean loss is at most\n{self.code}"
             parts = [held_out, code + _LEGEND.format(**vars(self.code), failure=FAILURE)]

@@ -68,10 +68,10 @@ class Stability:
         ]
         header = ("layer", "y: at most", "y: found", "A: at most", "A: found", "flip: at most", "flip: found")
         return text_table(header, rows) + (
-            f"Worst block of {self.examples} test examples. y: change of x after the layer for a change of y of length 1."
-            f"\nA: change of x after the layer, for A changed by {self.fraction:g} of its norm. flip: change of the output "
-            "by one\nflipped sign in the layer. The last two over the length of the longest output of a block. found: a "
-            "lower bound\nof the worst case. Derivation: analysis/stability.py.\n"
+            f"Worst block of {self.examples} test examples. y: change of x after the layer for a change of y of length "
+            f"1.\nA: change of x after the layer, for A changed by {self.fraction:g} of its norm. flip: change of the "
+            "output by one\nflipped sign in the layer. The last two over the length of the longest output of a block. "
+            "found: a lower bound\nof the worst case. Derivation: analysis/stability.py.\n"
         )
 
 

@@ -38,7 +38,7 @@ def sign_unrolled(generator, layers=6, rows=64, columns=5):
 
 
 def measure(unrolled, certificate, instances, generator=None):
-    """Random instances that meet the assumptions, extreme ones among them: |x*| = B in every second, |ε| = σ in half."""
+    """Random instances that meet the assumptions, extreme ones among them."""
     blocks, m, n = unrolled.operator.shape
     rank = torch.rand(instances, blocks, n, generator=generator).argsort(-1).argsort(-1)
     support = rank < torch.tensor(certificate.sparsity)[:, None]

@@ -1,4 +1,4 @@
-"""Bounds of the loss on new examples: losses and groups by hand, blocks that are found, and the worst choice of signs."""
+"""Bounds of the loss on new examples: losses and groups by hand, blocks, and the worst choice of signs."""
 
 import copy
 import itertools

@@ -1,10 +1,9 @@
-"""The phase transition of the box relaxation: against its own minimisation by scipy, and against the relaxation itself."""
+"""The phase transition of the box relaxation: against its minimisation by scipy, and the relaxation itself."""
 
 import math
 
 import numpy as np
 import pytest
-import torch
 from scipy.integrate import quad
 from scipy.optimize import lsq_linear, minimize_scalar
 from scipy.stats import norm

@@ -5,15 +5,21 @@ import sys
 import pytest
 import torch
 
-import pibinn_plugin as pb
 from lightning_modules.analysis.comparison import compare_convergence, plain_ista
-from lightning_modules.analysis.generalization import generalization_bounds
+from lightning_modules.analysis.generalization import FAILURE, CodeBounds
 from lightning_modules.analysis.geometry import compare_geometry
-from lightning_modules.analysis.plots import plot_bounds, plot_convergence, plot_sign_history, plot_spectra, save_figure
+from lightning_modules.analysis.kl_bound import code_bound
+from lightning_modules.analysis.phase_transition import PairCurve, sign_accuracy
+from lightning_modules.analysis.plots import (
+    plot_bounds,
+    plot_convergence,
+    plot_pairs,
+    plot_sign_history,
+    plot_spectra,
+    save_figure,
+)
 from lightning_modules.analysis.sign_history import SignHistory, read_sign_history
 from lightning_modules.analysis.variants import weight_variants
-from lightning_modules.operators import SignBlocks
-from lightning_modules.solvers.coupled_ista import CoupledISTA
 from pibinn_plugin.errors import PIBiNNError
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -35,15 +41,15 @@ def styles(axes):
     return [(drawn.get_linestyle(), drawn.get_marker(), drawn.get_markerfacecolor()) for drawn in axes.lines]
 
 
-def comparison():
+def comparison(**thresholds):
     operator = torch.eye(4)[None].repeat(2, 1, 1) + 0.02
-    networks = {name: plain_ista(operator, torch.full((5,), theta)) for name, theta in (("a", 0.4), ("b", 1e-6))}
+    networks = {name: plain_ista(operator, torch.full((5,), theta)) for name, theta in thresholds.items()}
     x = torch.eye(8)
     return compare_convergence(networks, torch.einsum("rc,nc->nr", torch.block_diag(*operator), x), x)
 
 
 def test_errors_are_drawn_beside_their_certificates():
-    result = comparison()
+    result = comparison(a=0.4, b=1e-6)
     axes = plot_convergence(result).axes[0]
     for name, measured in result.measurements.items():
         drawn = line(axes, f"{name}: measured, mean").get_ydata()
@@ -52,6 +58,16 @@ def test_errors_are_drawn_beside_their_certificates():
     assert list(line(axes, "a: certified to layer 5").get_ydata()) == pytest.approx(certified.tolist())
     assert len(line(axes, "b: certified to layer 0").get_ydata()) == 1  # nothing beyond the start
     assert len(set(styles(axes))) == len(axes.lines)
+
+
+def test_the_measured_contraction_is_drawn_where_nothing_is_certified():
+    result = comparison(a=1e-6, b=1e-3)
+    axes = plot_convergence(result).axes[0]
+    for name, measured in result.measurements.items():
+        ratio = measured.errors.sum(-1)[1:] / measured.errors.sum(-1)[:-1]
+        assert list(line(axes, f"{name}: mean").get_ydata()) == pytest.approx(ratio.mean(1).tolist())
+        assert list(line(axes, f"{name}: largest").get_ydata()) == pytest.approx(ratio.amax(1).tolist())
+    assert list(line(axes, "no progress").get_ydata()) == [1, 1]
 
 
 def test_spectra_are_those_of_the_table():
@@ -72,21 +88,27 @@ def test_signs_are_bars_and_the_scale_a_line():
 
 
 def test_bounds_fall_with_the_examples():
-    operator = SignBlocks(1, 3, 4)
-    solver = pb.prepare(CoupledISTA(operator, 2), {"layers.*.weight": None})
-    data = (torch.randn(100, 3), torch.randn(100, 4))
-    report = generalization_bounds(solver, data, data, twins={"float": CoupledISTA(operator, 2)})
-    axes = plot_bounds(report, "global").axes[0]
-    drawn = line(axes, "one-bit")
-    values = list(drawn.get_ydata())
-    assert values == sorted(values, reverse=True)
-    count = round(drawn.get_xdata()[7])
-    assert values[7] == pytest.approx(report.classes["one-bit"].gaps(count)["global"])
-    assert line(axes, "vacuous above").get_ydata()[0] == pytest.approx(1 - report.classes["one-bit"].train_loss)
-    assert "|measured|, float" in [drawn.get_label() for drawn in axes.lines]
-    assert values[-1] < report.target_gap
-    with pytest.raises(ValueError, match="'Rademacher' is no bound"):
-        plot_bounds(report, "Rademacher")
+    bits = {"one-bit": torch.tensor(400.0), "float": torch.tensor(9000.0)}
+    losses = {scheme: (torch.tensor([0.1, 0.2]),) for scheme in bits}
+    axes = plot_bounds(CodeBounds(bits, losses, frozenset(["one-bit"]), (1000,), "")).axes[0]
+    for scheme in bits:
+        drawn = line(axes, scheme)
+        values = list(drawn.get_ydata())
+        assert values == sorted(values, reverse=True)
+        count = round(drawn.get_xdata()[30])
+        assert values[30] == pytest.approx(code_bound(torch.tensor([0.1, 0.2]), bits[scheme], count, FAILURE))
+    assert line(axes, "N = 1,000").get_xdata()[0] == 1000
+    assert line(axes, "train loss, one-bit").get_ydata()[0] == pytest.approx(0.15)
+
+
+def test_pairs_are_a_curve_and_measured_points():
+    curve = PairCurve((20, 30, 40), 64, 0.01, (0.72, 0.84, 0.94), (0.74, 0.87, 0.96), (0.0, 0.0, 0.1))
+    axes = plot_pairs(curve).axes[0]
+    assert list(line(axes, "box, measured").get_ydata()) == list(curve.box)
+    assert list(line(axes, "SignsFromPairs, measured").get_ydata()) == list(curve.start)
+    predicted = line(axes, "box, predicted (arXiv 1510.01413)")
+    assert predicted.get_ydata()[0] == pytest.approx(sign_accuracy(20, 64, 0.01))
+    assert line(axes, "N = n / 2").get_xdata()[0] == 32
 
 
 @pytest.mark.parametrize("name", ["signs.png", "deeper/signs.pdf"])
