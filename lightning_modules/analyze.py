@@ -148,7 +148,8 @@ def _add_calibration(report: Analysis, run: Trained) -> None:
         return
     [weight] = weights
     error = forward_error(weight, network_scale(run.module), run.initialization, run.data)
-    report.add("Error of the calibrated operator on new pairs", error)
+    missing = f"No bound: {error}."
+    report.add("Error of the calibrated operator on new pairs", missing if isinstance(error, str) else error)
     if isinstance(run.data, SparseRecovery) and tuple(run.data.operator.shape) == tuple(weight.shape):
         curve = measure_signs(run.data, weight.structure, weight.shape)
         report.add("How many pairs find the signs", curve)

@@ -69,8 +69,8 @@ class HeldOut:
 
     def __str__(self) -> str:
         return (
-            f"Held out: mean loss {self.measured:.4f} on {self.examples:,} test examples, of {self.groups:,} independent "
-            f"{self.unit}.\nThe true mean is between {self.low:.4f} and {self.high:.4f} (width "
+            f"Held out: mean loss {self.measured:.4f} on {self.examples:,} test examples, of {self.groups:,} "
+            f"independent {self.unit}.\nThe true mean is between {self.low:.4f} and {self.high:.4f} (width "
             f"{self.high - self.low:.4f}) with probability {1 - FAILURE:g}, whatever the weights are.\n"
         )
 
@@ -187,7 +187,8 @@ def generalization(
     weights, run = one_bit_weights(model), on_device(model)
     power = mean_power(data.val_dataloader())
     blocks = separable_blocks(run, weights, data)
-    lengths = code_lengths(weights, float_parameters(model), untrained and one_bit_weights(untrained), blocks)
+    prior = None if untrained is None else one_bit_weights(untrained)
+    lengths = code_lengths(weights, float_parameters(model), prior, blocks)
     solvers = {"one-bit": run, **({} if twin is None else {"float": on_device(twin)})}
     examples = training_examples(data, epochs)
     return Generalization(

@@ -21,6 +21,8 @@ from pibinn_plugin.errors import StructureError
 from pibinn_plugin.structure import BlockDiagonal, Shape, Structure, matrix_shape
 from pibinn_plugin.tables import text_table
 
+__all__ = ["Geometry", "GeometryTable", "compare_geometry", "network_geometry"]
+
 LARGEST_CHUNK = 1 << 22  # elements of the Gram matrices that are held at one time
 
 

@@ -46,18 +46,19 @@ def binary_kl(measured: Tensor, true: Tensor) -> Tensor:
 
 
 def largest_mean(measured: Tensor, budget: Tensor | float) -> Tensor:
-    """The largest p ≥ p̂ with kl(p̂ ‖ p) ≤ budget, rounded up; by bisection.
+    """The largest p ≥ p̂ with kl(p̂ ‖ p) ≤ budget, in float64 and rounded up; by bisection.
 
     Example:
         >>> largest_mean(torch.tensor(0.0), math.log(20) / 100)  # the "rule of three": 3 / N
-        tensor(0.0295)
+        tensor(0.0295, dtype=torch.float64)
     """
-    low, high = measured.double(), torch.ones_like(measured, dtype=torch.float64)
+    measured = measured.double()
+    low, high = measured, torch.ones_like(measured)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        inside = binary_kl(measured.double(), middle) <= budget
+        inside = binary_kl(measured, middle) <= budget
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-    return high.to(measured.dtype)
+    return high
 
 
 def code_bound(measured: Tensor, bits: Tensor | float, examples: int, failure_probability: float) -> float:
@@ -84,8 +85,9 @@ def code_bound(measured: Tensor, bits: Tensor | float, examples: int, failure_pr
             f"measured={measured.tolist()}, bits={bits}, examples={examples}, failure_probability="
             f"{failure_probability}: expected losses in [0, 1], bits of at least 0, an example, a probability in (0, 1)"
         )
-    budget = (torch.as_tensor(bits) * math.log(2) + math.log(len(measured) / failure_probability)) / examples
-    return float(largest_mean(measured.double(), budget).mean())
+    bits = torch.as_tensor(bits, dtype=torch.float64)
+    budget = (bits * math.log(2) + math.log(len(measured) / failure_probability)) / examples
+    return float(largest_mean(measured, budget).mean())
 
 
 def confidence_interval(measured: float, independent: int, failure_probability: float) -> tuple[float, float]:

@@ -8,6 +8,8 @@ from torch import Tensor
 from pibinn_plugin.errors import StructureError
 from pibinn_plugin.quantizer import initial_scale, quantize_sign
 
+__all__ = ["weight_variants"]
+
 
 def weight_variants(latent: Tensor, scale: float | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
     """The twins of one weight by name, all of the same latent and none retrained; means are of structural nonzeros.
