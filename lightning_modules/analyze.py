@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Analysis", "Trained", "analyze", "newest_sign_history", "plan_examples"]
 
 _ISOMETRY_SAMPLES = 8000  # sets of columns, in all blocks of a weight
+_MOST_BLOCKS = 2000  # of all weights, beyond which only the first and the last are compared with the operator
 _SENSITIVITY_ENTRIES = 1 << 18  # of the measurements of the examples
 
 
@@ -183,8 +184,9 @@ def _add_geometry(report: Analysis, run: Trained) -> None:
         return
     tables: dict[str, GeometryTable] = {}
     twins = {} if run.float_twin is None else {"float, trained": run.float_twin}
-    others = []
-    for weight in one_bit_weights(run.module):
+    weights, others = one_bit_weights(run.module), []
+    few = weights if len(weights) * len(matrix) <= _MOST_BLOCKS else [weights[0], weights[-1]]
+    for weight in few:
         if (fitting := _like(weight, matrix)) is None:
             others.append(weight.name)
             continue
@@ -194,6 +196,8 @@ def _add_geometry(report: Analysis, run: Trained) -> None:
     if tables:
         report.add(title, _together(tables))
         report.figures["spectra"] = lambda: plot_spectra(list(tables.values())[-1])
+    if len(few) < len(weights):
+        report.add(f"{title}: left out", f"Of {len(weights)} weights of {len(matrix):,} blocks, all but two.")
     if others:
         report.add(f"{title}: left out", textwrap.fill(f"Not of the operator's shape: {', '.join(others)}.", 116))
 
@@ -202,12 +206,12 @@ def _operator_matrix(run: Trained) -> Tensor | str:
     """The blocks (blocks, m, n) of the operator that the data, or the solver, know; or why there is none."""
     operator = getattr(run.data, "operator", None)
     operator = getattr(run.module.solver, "operator", None) if operator is None else operator
-    if callable(matrix := getattr(operator, "matrix", None)):  # of patterns that measure blocks of images
-        return matrix().detach()[None]
     if operator is None or not hasattr(operator, "A"):
         return "it has no measurement operator that its weights could be compared with"
     if not hasattr(operator, "blocks") and operator.shape[0] * operator.shape[1] > LARGEST_DENSE:
         return f"an operator of {operator.shape} is too large for a matrix"
+    if callable(matrix := getattr(operator, "matrix", None)):  # of patterns that measure blocks of images, or sparse
+        return matrix().detach().to_dense()[None]
     return operator_blocks(operator)
 
 

@@ -158,3 +158,22 @@ def test_the_newest_log_with_signs_is_found(tmp_path):
     later.mkdir()
     (later / "metrics.csv").write_text("epoch,test/NMSE\n0,-9.0\n")
     assert newest_sign_history(tmp_path) == SignHistory((0,), (0.2,), (0.5,), ("signs",))
+
+
+@pytest.mark.parametrize(("name", "options"), [("SparseSigns", {"nonzeros": 2}), ("SubsampledDCT", {})])
+def test_operators_without_blocks_are_compared_as_a_matrix(run, capsys, name, options):
+    size = {"rows": 8, "columns": 16}
+    operator = {"class_path": f"lightning_modules.operators.{name}", "init_args": size | options}
+    config = yaml.safe_load(Path("small.yaml").read_text())
+    config["model"]["solver"] = {
+        "class_path": "lightning_modules.solvers.learned_amp.LearnedAMP",
+        "init_args": {"operator": operator, "layers": 3},
+    }
+    config["data"]["init_args"]["operator"] = operator
+    Path("small.yaml").write_text(yaml.safe_dump(config))
+    run("fit")
+    capsys.readouterr()
+    run("analyze")
+    printed = capsys.readouterr().out
+    assert printed.count(": one-bit global") == 3
+    assert "left out" not in printed
