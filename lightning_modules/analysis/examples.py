@@ -19,7 +19,7 @@ __all__ = ["Batch", "TrainingExamples", "example_losses", "held_out_groups", "me
 
 Batch = tuple[Tensor, Tensor]
 
-_CHUNK = 1 << 20  # entries of the unknowns that a solver gets at a time
+_CHUNK = 1 << 22  # entries of the unknowns that a solver gets at a time
 
 
 @dataclass(frozen=True)

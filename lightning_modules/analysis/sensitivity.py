@@ -22,7 +22,7 @@ from pibinn_plugin.tables import text_table
 
 __all__ = ["Sensitivity", "sensitivity"]
 
-_ITERATIONS, _PROBES, _FLIPS = 20, 4, 8
+_ITERATIONS, _PROBES, _FLIPS = 20, 4, 4
 _STEP = 1e-3  # of the length of y
 
 
