@@ -17,8 +17,8 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from typing_extensions import override
 
+from lightning_modules.analysis.plots import save_figure
 from lightning_modules.metrics import rrmse_temporal
-from pibinn_plugin.analysis.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

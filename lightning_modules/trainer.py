@@ -19,6 +19,7 @@ from pibinn_plugin.export import FORMATS
 from pibinn_plugin.export.sizes import export_sizes
 
 if TYPE_CHECKING:
+    from lightning_modules.analysis.plan import Plan
     from lightning_modules.analyze import Analysis
 
 __all__ = ["SolverTrainer"]
@@ -148,8 +149,8 @@ class SolverTrainer(pl.Trainer):
         model: SolverModule,
         datamodule: pl.LightningDataModule,
         ckpt_path: str | Path = "last",
-        target_gap: float = 0.1,
-    ) -> Analysis:
+        plan: float | None = None,
+    ) -> Analysis | Plan:
         """Print the guarantees of a checkpoint's solver and save their plots under ``<default_root_dir>/analysis``.
 
         The float twin is compared with it where its run lies beside this one (``<default_root_dir>_float_twin``).
@@ -158,18 +159,26 @@ class SolverTrainer(pl.Trainer):
             model: The module that was trained.
             datamodule: Its data.
             ckpt_path: ``last``, or the path of a checkpoint.
-            target_gap: A train-test gap of the loss, to print the number of training examples for.
+            plan: Print only how many training examples bring the loss on new ones within this gap, such as 0.1; no
+                checkpoint is needed.
         """
-        from lightning_modules.analyze import analyze, newest_sign_history
+        from lightning_modules.analyze import Trained, analyze, newest_sign_history, plan_examples
 
+        untrained, twin = copy.deepcopy(model), None
+        self._prepare(untrained)
+        if plan is not None:
+            if not 0 < plan < 1:
+                raise MisconfigurationException(f"plan={plan}: a gap of the loss lies between 0 and 1")
+            print(planned := plan_examples(untrained, datamodule, plan))
+            return planned
         root = Path(self.default_root_dir)
-        untrained, twin = copy.deepcopy(model.solver), None
         if (twin_checkpoint := self.float_twin_checkpoint).is_file():
             twin = copy.deepcopy(model)
             _load_state(twin, twin_checkpoint)
         self._prepare(model)
-        _load_state(model, self._checkpoint(ckpt_path))
-        report = analyze(model, untrained, twin, datamodule, newest_sign_history(root), target_gap)
+        epochs = _load_state(model, self._checkpoint(ckpt_path))
+        start = next(each.initialization for each in self.callbacks if isinstance(each, pb.TwoStageQAT))
+        report = analyze(Trained(model, untrained, twin, datamodule, epochs, newest_sign_history(root), start))
         print(report)
         for path in report.save_plots(root / "analysis"):
             print(f"plot: {path}")
@@ -200,7 +209,8 @@ class SolverTrainer(pl.Trainer):
         return path
 
 
-def _load_state(model: SolverModule, path: str | Path | None) -> None:
+def _load_state(model: SolverModule, path: str | Path | None) -> int:
+    """Load a checkpoint; return how many epochs of training are behind it, the one it was written in among them."""
     checkpoint = torch.load(str(path), map_location="cpu", weights_only=True)
     try:
         model.load_state_dict(checkpoint["state_dict"])
@@ -209,6 +219,7 @@ def _load_state(model: SolverModule, path: str | Path | None) -> None:
         raise MisconfigurationException(
             f"{path} is the checkpoint of another network than that of the configuration: {reason}"
         ) from error
+    return int(checkpoint["epoch"]) + 1
 
 
 def _measurements(datamodule: pl.LightningDataModule) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning_modules.analysis.plots import save_figure
 from lightning_modules.compare.comparison import Comparison
 from lightning_modules.compare.table import mean_and_deviation
-from pibinn_plugin.analysis.plots import save_figure
 
 __all__ = ["plot_error_against_bits"]
 

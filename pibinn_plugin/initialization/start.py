@@ -6,6 +6,7 @@ prepared model. `start_float_weights` gives float and other baselines their own 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pibinn_plugin.errors import PIBiNNError, StructureError, TargetError
+from pibinn_plugin.initialization.sign_recovery import pairs_for_signs, signs_determined
 from pibinn_plugin.initialization.sign_regression import (
     OneBitStart,
     PairStatistics,
@@ -47,6 +49,8 @@ class SignsFromPairs:
     For a weight that stands for a physical operator, pairs are (unknowns, measurements). Every weight that is named
     gets the same start; λ is that of the whole network, so weights that are not named keep their signs and get it too.
     A subclass whose pairs are not simply entries of a batch overrides `read`.
+
+    A UserWarning says where the pairs are too few for the rows of the structure: see `pairs_for_signs`.
 
     Args:
         inputs: where a batch holds the inputs of the weight, (batch, columns): an index, or a key.
@@ -116,6 +120,7 @@ class SignsFromPairs:
             statistics.add(inputs, outputs)
         if sum_over_ranks is not None:
             statistics.reduce(sum_over_ranks)
+        _warn_of_too_few(statistics)
         _start(model, weights, one_bit_start(statistics, self.scale))
 
 
@@ -231,6 +236,18 @@ def start_float_weights(
         raise PIBiNNError(f"unknown solution {solution!r}; expected 'ridge', 'box' or 'one_bit'")
     for target in found:
         assign(target.parameter, weight if target.compact else structure.to_dense(weight, shape))
+
+
+def _warn_of_too_few(statistics: PairStatistics) -> None:
+    """Say where even without noise the pairs leave signs of a row open."""
+    unknowns = max(group.columns.shape[1] for group in statistics.groups)
+    if 0 < statistics.pairs < (needed := pairs_for_signs(unknowns)):
+        warnings.warn(
+            f"{statistics.pairs} pairs for rows of {unknowns} unknown signs: even without noise they determine all "
+            f"signs of a row with probability {signs_determined(statistics.pairs, unknowns):.2g} only; {needed} pairs "
+            f"do so in 99 of 100 rows. Expect wrong signs, or give more pairs",
+            stacklevel=3,
+        )
 
 
 def _linear_map(operator: Any, adjoint: bool, rows: int, columns: int) -> Callable[[Tensor], Tensor]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_modules.analysis.sign_history import SignHistory
 from lightning_modules.analyze import newest_sign_history
 from lightning_modules.cli import main
-from pibinn_plugin.analysis.sign_history import SignHistory
 
 CONFIG = Path(__file__).parents[2] / "configs" / "sparse_recovery.yaml"
 PLOTS = ["bounds.png", "convergence.png", "signs.png", "spectra.png"]
@@ -62,21 +62,32 @@ def error_of(run, capsys, *arguments):
 
 
 def test_tables_and_plots(run, capsys):
-    run("analyze", "--target_gap", "0.2")
+    run("analyze")
     printed = capsys.readouterr().out
     assert "no float twin: run_float_twin/checkpoints/last.ckpt does not exist" in printed
     assert "float, trained" not in printed
     assert sorted(path.name for path in Path("run/analysis").iterdir()) == PLOTS
     for title in (
-        "Convergence, side by side", "Convergence certificate: one-bit", "Convergence certificate: plain ISTA",
-        "Spectral contraction", "Geometry of the weights", "Generalization", "Signs during training",
+        "Generalization", "Convergence, side by side", "Convergence certificate: one-bit",
+        "Convergence certificate: plain ISTA", "Spectral contraction", "Stability, layer by layer", "Sensitivity",
+        "Geometry of the weights", "Signs during training",
     ):  # fmt: skip
         assert printed.count(f"== {title}") == 1
     for layer in range(3):
         assert f"solver.layers.{layer}.weight: one-bit global" in printed
+    assert "N = 40" in printed  # each counts once
+    assert "Held out: mean loss" in printed
+
+
+def test_a_plan_needs_no_checkpoint(run, capsys):
+    shutil.rmtree("run")
+    run("analyze", "--plan", "0.2")
+    printed = capsys.readouterr().out
     assert "N for a gap of 0.2" in printed
-    assert "Assumed: 40 training examples" in printed  # each counts once
-    assert "VACUOUS at N = 40" in printed
+    for scheme in ("one-bit, 0% flips", "one-bit", "ternary", "channel-wise", "float"):
+        assert any(line.strip().startswith(scheme) for line in printed.splitlines())
+    assert "of 384 in a block" in printed  # 3 layers of 16 x 8
+    assert "a gap of the loss lies between 0 and 1" in error_of(run, capsys, "analyze", "--plan", "2")
 
 
 def test_the_float_twin_beside_the_run_is_compared(run, capsys):
@@ -96,7 +107,7 @@ def test_what_cannot_be_analyzed_is_one_line(run, capsys):
     assert "is the checkpoint of another network" in error_of(run, capsys, "analyze", *deeper)
 
 
-def test_other_solvers_are_refused_in_one_line(run, capsys):
+def test_other_solvers_get_what_holds_for_them(run, capsys):
     config = yaml.safe_load(Path("small.yaml").read_text())
     config["model"]["solver"] = {
         "class_path": "lightning_modules.solvers.hidden_lista.HiddenLISTA",
@@ -107,7 +118,34 @@ def test_other_solvers_are_refused_in_one_line(run, capsys):
     config["data"]["init_args"]["operator"]["init_args"] = {"blocks": 1, "rows": 16, "columns": 16}
     Path("small.yaml").write_text(yaml.safe_dump(config))
     run("fit")
-    assert "HiddenLISTA has no operator, layers" in error_of(run, capsys, "analyze")
+    capsys.readouterr()
+    run("analyze")
+    printed = capsys.readouterr().out
+    assert "Not for this solver: HiddenLISTA has no operator, layers" in printed
+    assert "Not of the operator's shape: " in printed
+    for title in ("Generalization", "Sensitivity", "Signs during training"):
+        assert printed.count(f"== {title}") == 1
+    assert "Convergence certificate" not in printed
+
+
+def test_a_calibration_gets_the_error_of_its_rows_and_the_curve_of_its_pairs(run, capsys):
+    config = yaml.safe_load(Path("small.yaml").read_text())
+    structure = {"class_path": "pibinn_plugin.BlockDiagonal", "init_args": {"blocks": 2}}
+    config["model"]["solver"] = {
+        "class_path": "lightning_modules.solvers.calibrated_amp.CalibratedAMP",
+        "init_args": {"measurements": 16, "unknowns": 32, "structure": structure, "layers": 2},
+    }
+    config["qat"]["targets"] = {"solver.operator.weight": None}
+    config["qat"]["initialization"] = {"class_path": "pibinn_plugin.initialization.SignsFromPairs"}
+    Path("small.yaml").write_text(yaml.safe_dump(config))
+    run("fit")
+    capsys.readouterr()
+    run("analyze")
+    printed = capsys.readouterr().out
+    assert printed.count("== Error of the calibrated operator on new pairs") == 1
+    assert printed.count("== How many pairs find the signs") == 1
+    assert "solver.operator.weight: one-bit global" in printed
+    assert Path("run/analysis/pairs.png").is_file()
 
 
 def test_the_newest_log_with_signs_is_found(tmp_path):
@@ -120,3 +158,22 @@ def test_the_newest_log_with_signs_is_found(tmp_path):
     later.mkdir()
     (later / "metrics.csv").write_text("epoch,test/NMSE\n0,-9.0\n")
     assert newest_sign_history(tmp_path) == SignHistory((0,), (0.2,), (0.5,), ("signs",))
+
+
+@pytest.mark.parametrize(("name", "options"), [("SparseSigns", {"nonzeros": 2}), ("SubsampledDCT", {})])
+def test_operators_without_blocks_are_compared_as_a_matrix(run, capsys, name, options):
+    size = {"rows": 8, "columns": 16}
+    operator = {"class_path": f"lightning_modules.operators.{name}", "init_args": size | options}
+    config = yaml.safe_load(Path("small.yaml").read_text())
+    config["model"]["solver"] = {
+        "class_path": "lightning_modules.solvers.learned_amp.LearnedAMP",
+        "init_args": {"operator": operator, "layers": 3},
+    }
+    config["data"]["init_args"]["operator"] = operator
+    Path("small.yaml").write_text(yaml.safe_dump(config))
+    run("fit")
+    capsys.readouterr()
+    run("analyze")
+    printed = capsys.readouterr().out
+    assert printed.count(": one-bit global") == 3
+    assert "left out" not in printed

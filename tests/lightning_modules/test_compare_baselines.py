@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pibinn_plugin as pb
+from lightning_modules.analysis.variants import weight_variants
 from lightning_modules.compare.baselines import baseline_weights
 from lightning_modules.compare.callback import BASELINES, BaselineQAT, attach_baseline
 from lightning_modules.compare.dense_twin import RowError, densify
 from lightning_modules.compare.parq import PARQ
-from pibinn_plugin.analysis.variants import weight_variants
 from pibinn_plugin.initialization import SignsFromPairs, start_float_weights
 from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear
 
