@@ -21,13 +21,13 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 import pibinn_plugin as pb
-from lightning_modules.cli import SolverCLI
 from lightning_modules.compare.callback import BaselineQAT
 from lightning_modules.compare.dense_twin import RowError, densify
 from lightning_modules.compare.parq import PARQ
 from lightning_modules.compare.rows import Row
 from lightning_modules.compare.storage import load_baseline, save_baseline, stored_size
 from lightning_modules.modules import SolverModule
+from lightning_modules.solver_cli import SolverCLI
 from lightning_modules.trainer import SolverTrainer
 from pibinn_plugin.errors import ArtifactError, ScaleError, StructureError
 from pibinn_plugin.storage.atomic_file import atomic_file

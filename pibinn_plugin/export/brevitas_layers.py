@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pibinn_plugin.errors import ExportError, TargetError
 from pibinn_plugin.export.float_layers import has_empty_blocks, is_stock_compact, to_dense_layer, with_float_weights
-from pibinn_plugin.schemes import brevitas_export, scheme_of
+from pibinn_plugin.schemes import scheme_of
 from pibinn_plugin.structure import Banded, BlockDiagonal
 from pibinn_plugin.targets import Target
 from pibinn_plugin.weights import distinct, global_scale, packed_weights
@@ -58,7 +58,6 @@ def export_through_brevitas(
     exporter: Callable[..., Any], manager: Any, packed: nn.Module, args: tuple[Tensor, ...], path: Path
 ) -> None:
     """Write a packed model, which is changed, with one of Brevitas' exporters; Brevitas is left as it was found."""
-    brevitas_export.register()
     model = use_brevitas_layers(packed)
     try:
         # Not dynamo: through it Brevitas writes no quantized biases.

@@ -20,7 +20,6 @@ is disabled.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,8 +41,8 @@ from typing_extensions import override
 
 from pibinn_plugin.errors import PIBiNNError, ScaleError, TargetError
 from pibinn_plugin.nn import CompactLinear, compact_linear
-from pibinn_plugin.quantizer import GlobalScale, SignQuantizer
-from pibinn_plugin.schemes import Scheme
+from pibinn_plugin.quantizer import GlobalScale, OneBitRule, SignQuantizer
+from pibinn_plugin.schemes.base import Scheme
 from pibinn_plugin.schemes.weight_property import WeightReadsAsW, read_as_w, stop_reading_as_w
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask, Structure
 from pibinn_plugin.targets import Target
@@ -114,7 +113,9 @@ class PIBiNNWeightQuantProxy(WeightQuantProxyFromInjector):
         super().__init__(quant_layer, quant_injector)
         # Without our handlers Brevitas' exporters, which need onnx, fail halfway and leave the model in export mode.
         if importlib.util.find_spec("onnx") is not None:
-            importlib.import_module("pibinn_plugin.schemes.brevitas_export").register()
+            from pibinn_plugin.schemes import brevitas_export  # with onnx, which only exporters need
+
+            brevitas_export.register(PIBiNNWeightQuantProxy)
         if not isinstance(quant_layer, _ReadsAsW) and not parametrize.is_parametrized(quant_layer, "weight"):
             read_as_w(quant_layer, _ReadsAsW)
 
@@ -165,18 +166,14 @@ class _ReadsAsW(WeightReadsAsW):
         return quantizer.masked(latent) if proxy.disable_quant else quantizer(latent)
 
 
-class _Packed(nn.Module):
+class _Packed(OneBitRule):
     """In the place of a `SignQuantizer` whose weight is packed: what is read is W already."""
 
-    mask = None
-
-    def __init__(self, scale: GlobalScale) -> None:
-        super().__init__()
-        self._scale = (scale,)
-
     @property
-    def scale(self) -> GlobalScale:
-        return self._scale[0]
+    def mask(self) -> Tensor | None:
+        """M where the weight has structural zeros, for Brevitas' exporters: made when it is asked for."""
+        is_full = self.compact or self.structure.nnz(self.shape) == torch.Size(self.shape).numel()
+        return None if is_full else self.structure.mask(self.shape)
 
     @override
     def forward(self, weight: Tensor) -> Tensor:
@@ -337,7 +334,8 @@ class Brevitas(Scheme):
             stop_reading_as_w(module)
         if "added_by_brevitas" not in vars(module):  # a layer of Brevitas' own: its other quantizers stay
             tensor_quant = module.weight_quant.tensor_quant
-            tensor_quant.sign_quantizer = _Packed(tensor_quant.sign_quantizer.scale)
+            rule = tensor_quant.sign_quantizer
+            tensor_quant.sign_quantizer = _Packed(rule.scale, rule.structure, rule.shape, rule.compact)
             return
         for name in (*vars(module)["added_by_brevitas"], "added_by_brevitas"):
             delattr(module, name)

@@ -21,19 +21,17 @@ from brevitas.export.torch.qcdq.manager import TorchQCDQManager
 from torch import Tensor
 from typing_extensions import override
 
-from pibinn_plugin.schemes.brevitas import PIBiNNWeightQuantProxy
-
 
 class QONNXHandler(BrevitasWeightQuantProxyHandler):
     """``BipolarQuant(V, λ)``, times the mask where the weight has structural zeros."""
 
-    handled_layer = PIBiNNWeightQuantProxy
+    handled_layer: type
 
     @override
     def prepare_for_export(self, module: Any) -> None:
         super().prepare_for_export(module)
         if module.is_quant_enabled:
-            mask = module.sign_quantizer.mask
+            mask = module.tensor_quant.sign_quantizer.mask
             self.mask = None if mask is None else mask.to(self.symbolic_kwargs["scale"].dtype)
             self.quant_op = BrevitasBinaryQuantOp
 
@@ -46,7 +44,7 @@ class QONNXHandler(BrevitasWeightQuantProxyHandler):
 class _IntegerWeight:
     """Gives ``sign(V) ⊙ M`` as int8 where Brevitas would quantize the latent, or look it up by its address."""
 
-    handled_layer = PIBiNNWeightQuantProxy
+    handled_layer: type
     symbolic_kwargs: dict[str, Any] | None
 
     def validate(self, module: Any) -> None:
@@ -77,7 +75,7 @@ class TorchQCDQHandler(_IntegerWeight, TorchQCDQCastWeightQuantProxyHandler):
 class QuantInferenceHandler(InferenceHandler):
     """``quant_inference_mode``: the weight, from its latent at each call."""
 
-    handled_layer = PIBiNNWeightQuantProxy
+    handled_layer: type
 
     @override
     def prepare_for_export(self, module: Any) -> None:
@@ -105,8 +103,9 @@ _HANDLERS: tuple[tuple[Any, type], ...] = (
 )
 
 
-def register() -> None:
-    """Add the handlers to Brevitas' exporters, once."""
+def register(proxy_class: type) -> None:
+    """Let Brevitas' exporters write the weights of proxies of this class; they are told once."""
     for manager, handler in _HANDLERS:
+        handler.handled_layer = proxy_class  # type: ignore[attr-defined]
         if handler not in manager.handlers:
             manager.handlers.append(handler)

@@ -14,7 +14,7 @@ from typing_extensions import override
 from pibinn_plugin.errors import TargetError
 from pibinn_plugin.parametrized import parametrize_by
 from pibinn_plugin.quantizer import GlobalScale, SignQuantizer
-from pibinn_plugin.schemes import Scheme
+from pibinn_plugin.schemes.base import Scheme
 from pibinn_plugin.targets import Target
 from pibinn_plugin.weights import Place
 

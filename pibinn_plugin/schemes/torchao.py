@@ -38,7 +38,7 @@ from pibinn_plugin.functional import packed_linear
 from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale, SignQuantizer, initial_scale
-from pibinn_plugin.schemes import Scheme, scheme_of
+from pibinn_plugin.schemes.base import Scheme
 from pibinn_plugin.schemes.quiet_import import quiet_import
 from pibinn_plugin.schemes.weight_property import WeightReadsAsW, read_as_w, stop_reading_as_w
 from pibinn_plugin.structure import Dense, Structure
@@ -239,7 +239,7 @@ def _prepare(module: Any, config: PIBiNNQATConfig) -> nn.Module:
                 f"{config.structure}"
             )
         return module
-    scheme, target = scheme_of("torchao"), _target(module, config.structure)
+    scheme, target = TorchAO(), _target(module, config.structure)
     scheme.check(target, target.places[0])
     scale = config.scale_with(target.structural_latent)
     scale.register_in(module)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import pibinn_plugin as pb
-from lightning_modules.cli import SolverCLI
 from lightning_modules.modules import SolverModule
 from lightning_modules.operators import operator_blocks
+from lightning_modules.solver_cli import SolverCLI
 from lightning_modules.trainer import SolverTrainer
 from pibinn_plugin.workflow import quantized_weights
 

@@ -164,7 +164,7 @@ def test_stock_handlers_are_silently_wrong_and_ours_are_not(export, manager, sto
     model = nn.Sequential(model[0])  # one masked layer: no weight of it has |V / λ| > 0.5
     ours = [handler for handler in manager.handlers if not hasattr(brevitas_export, handler.__name__)]
     monkeypatch.setattr(manager, "handlers", ours)
-    brevitas_export.register()
+    brevitas_export.register(PIBiNNWeightQuantProxy)
     with torch.no_grad():
         expected = model(x)
     torch.testing.assert_close(export(model, x, tmp_path / "ours.onnx"), expected, rtol=1e-4, atol=1e-6)
@@ -191,7 +191,7 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
 
 
 def test_torch_qcdq_and_quant_inference_mode():
-    brevitas_export.register()
+    brevitas_export.register(PIBiNNWeightQuantProxy)
     model, x = weak_network("masked_band", "brevitas")
     with torch.no_grad():
         expected = model(x)
@@ -203,7 +203,7 @@ def test_torch_qcdq_and_quant_inference_mode():
 
 
 def test_handlers_are_registered_once():
-    brevitas_export.register()
+    brevitas_export.register(PIBiNNWeightQuantProxy)
     counts = [len(manager.handlers) for manager, _ in brevitas_export._HANDLERS]
-    brevitas_export.register()
+    brevitas_export.register(PIBiNNWeightQuantProxy)
     assert [len(manager.handlers) for manager, _ in brevitas_export._HANDLERS] == counts
