@@ -15,8 +15,9 @@ def structured_layer(blocks: Tensor) -> nn.Module:
     """A linear layer without bias whose weight starts at a block-diagonal matrix and keeps its structure.
 
     Several blocks become a `CompactLinear`; they are taken as they are, zeros included, and no dense matrix is
-    made. The structure of a single block is read off its nonzeros: blocks, a band or a mask where it has zeros,
-    ``nn.Linear`` where it has none. So a target of None is right for every layer made here.
+    made. The structure of a single block is read off its nonzeros by `structure_from_operator`: blocks, a band or a
+    mask where it has zeros, ``nn.Linear`` where it has none. What is rounding of the physics (an FFT) is no weight, and
+    a `SmallEntriesWarning` reports it. So a target of None is right for every layer made here.
 
     Args:
         blocks: shape ``(blocks, rows, columns)``, such as ``operator_blocks(operator).mT`` for the adjoint.

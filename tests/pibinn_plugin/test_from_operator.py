@@ -253,6 +253,14 @@ def test_rounding_of_float32_is_known_in_another_dtype(dtype):
 
 
 @rounding
+def test_a_column_of_rounding_alone_is_linked_by_its_smallest_entry():
+    noisy = torch.tensor([[7.7e-4, 6.2e-4], [3.3e-4, 7.4e-4], [4.4e-5, 1.3]], dtype=torch.bfloat16)
+    expected = torch.tensor([[False, False], [False, False], [False, True]])
+    assert torch.equal(structure_from_operator(noisy).mask((3, 2)), expected)
+    assert torch.equal(structure_from_operator(noisy.T).mask((2, 3)), expected.T)
+
+
+@rounding
 def test_identity_by_an_orthogonal_matrix_and_its_adjoint():
     orthogonal = torch.linalg.qr(torch.randn(200, 200)).Q
     assert structure_from_operator(orthogonal.T @ orthogonal) == BlockDiagonal(200)
@@ -279,8 +287,8 @@ def test_what_is_taken_for_rounding_is_reported():
         torch.block_diag(torch.ones(3, 3), 1e-12 * torch.ones(2, 2)),
         torch.diag(torch.logspace(0, -12, 13, dtype=torch.float64)),
         torch.diag(torch.logspace(0, -12, 13, dtype=torch.float64)).to(torch.bfloat16),
-        torch.eye(30).triu(-1).tril(1) * 0.02 + torch.eye(30).to(torch.bfloat16),
-        torch.diag(torch.full((29,), 0.05), 1).to(torch.bfloat16) + torch.eye(30).to(torch.bfloat16),
+        # In so coarse a dtype a twentieth of the largest entry is as small as rounding, but rounding fills.
+        (torch.eye(30) + 0.05 * torch.ones(30, 30).tril(1).triu(-1)).to(torch.bfloat16),
         torch.eye(3, dtype=torch.int64) * 10**12 + 1,  # whole numbers are not rounded
         100 * torch.eye(4) + 0.5,
     ],
