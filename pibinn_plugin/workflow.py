@@ -150,6 +150,7 @@ def convert(model: nn.Module, args: Sequence[Tensor] | None = None) -> nn.Module
     scale.set(scale().item())
     for weight in copies:
         pack_in_place(weight, weight.packed, scale)
+    refuse_save_pretrained(packed_model)
     refuse_stale_methods(packed_model)
     if args is not None:
         with evaluation(root), evaluation(packed_model), torch.no_grad():
@@ -183,6 +184,19 @@ def pack_in_place(weight: OneBitWeight, packed: PackedSigns, scale: GlobalScale)
         unpack = UnpackSigns(scale, packed, weight.compact, dtype)
         read_from_bits(place.module, place.parameter_name, unpack, packed.bits)
         multiply_bits(place.module)
+
+
+def refuse_save_pretrained(model: nn.Module) -> None:
+    """Let a packed Hugging Face model say how it is saved: its own way would load as a network of random weights."""
+    if callable(getattr(model, "save_pretrained", None)):
+        model.save_pretrained = _save_pretrained  # type: ignore[assignment]
+
+
+def _save_pretrained(*args: object, **kwargs: object) -> None:
+    raise PIBiNNError(
+        "a packed model is saved with pb.save(model, path) and its config with model.config.save_pretrained(folder); "
+        "load it with pb.load(path, into=Model(Config.from_pretrained(folder)))"
+    )
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from pibinn_plugin.weights import (
     the_scale_value,
     uncompiled,
 )
-from pibinn_plugin.workflow import attach_quantizers, pack_in_place
+from pibinn_plugin.workflow import attach_quantizers, pack_in_place, refuse_save_pretrained
 
 FORMAT_VERSION = 3
 _READABLE = (2, 3)
@@ -147,6 +147,7 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     with unchanged_on_error(root):
         _pack_weights(root, network)
         refuse_stale_methods(root)
+        refuse_save_pretrained(root)
         _load_float_tensors(root, network)
     return into
 

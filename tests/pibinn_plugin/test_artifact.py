@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -402,3 +403,65 @@ def test_other_dtypes(dtype, tmp_path, batch):
     loaded = load(save(packed, tmp_path / "net.safetensors"), into=make())
     assert loaded[0].weight.dtype == dtype
     assert torch.equal(loaded(batch.to(dtype)), packed(batch.to(dtype)))
+
+
+def test_a_file_of_format_2_is_read():
+    """Written by the release before format 3: λ in float32, the shared activation under both of its names."""
+    activation = nn.PReLU(3)
+    model = nn.ModuleDict({"first": nn.Linear(8, 6), "second": nn.Linear(6, 6), "conv": nn.Conv1d(2, 4, 3, bias=False)})
+    model.update({"act": activation, "again": activation})
+    load(Path(__file__).parents[1] / "data" / "format_2.safetensors", into=model)
+    assert global_scale(model)().item() == 0.20046453177928925
+    sums = [
+        (weight.double() * torch.arange(1, weight.numel() + 1).reshape(weight.shape)).sum().item()
+        for weight in (model["first"].weight, model["second"].weight, model["conv"].weight)
+    ]
+    assert sums == pytest.approx([-1.2027871906757355, -1.4032517224550247, 21.24924036860466])
+    assert model["again"] is activation
+
+
+def test_a_symbolic_link_stays_one(packed, tmp_path):
+    (tmp_path / "folder").mkdir()
+    target = save(packed, tmp_path / "folder" / "net.safetensors")
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(target)
+    before = target.read_bytes()
+    changed = copy.deepcopy(packed)
+    global_scale(changed).set(9.0)
+    save(changed, link)
+    assert link.is_symlink()
+    assert target.read_bytes() != before
+
+
+def test_complex_buffers_are_stored_and_quantized_ones_refused(tmp_path):
+    class Network(nn.Module):
+        def __init__(self, buffer):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.register_buffer("spectrum", buffer)
+
+    spectrum = torch.randn(4, dtype=torch.complex64)
+    packed = convert(prepare(Network(spectrum), {"layer.weight": None}))
+    loaded = load(save(packed, tmp_path / "net"), into=Network(torch.zeros_like(spectrum)))
+    assert torch.equal(loaded.spectrum, spectrum)
+    sparse = convert(prepare(Network(torch.eye(3).to_sparse()), {"layer.weight": None}))
+    with pytest.raises(ArtifactError, match=r"'spectrum' is stored as torch\.sparse_coo"):
+        save(sparse, tmp_path / "other")
+    assert [file.name for file in tmp_path.iterdir()] == ["net"]
+
+
+@pytest.mark.parametrize("is_meta", [True, False])
+def test_biases_on_meta_and_in_strides_are_loaded(is_meta, tmp_path):
+    layer = nn.Linear(16, 8)
+    layer.bias = nn.Parameter(torch.randn(16)[::2])
+    packed = convert(prepare(layer, {"weight": None}))
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), layer(x))
+    path = save(packed, tmp_path / "net")
+    with torch.device("meta" if is_meta else "cpu"):
+        fresh = nn.Linear(16, 8)
+    fresh.bias.requires_grad_(False)
+    loaded = load(path, into=fresh)
+    assert not loaded.bias.requires_grad
+    torch.testing.assert_close(loaded(x), layer(x))
