@@ -123,9 +123,7 @@ class PIBiNNWeightQuantProxy(WeightQuantProxyFromInjector):
     def init_tensor_quant(self, preserve_state_dict: bool = False) -> None:
         if self.tensor_quant is None:
             super().init_tensor_quant(preserve_state_dict)
-        elif self.sign_quantizer is not None and not (
-            self._is_loading or self.tracked_module_list[0].is_loading_latent
-        ):
+        elif self.sign_quantizer is not None and not self._is_loading:
             raise PIBiNNError(
                 "Brevitas has changed the weight and asks for a new quantizer, but this weight is one-bit, "
                 "λ · sign(V) ⊙ M: merge BatchNorm and equalize before prepare, or preprocess with merge_bn=False"

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.quantizer import READ_ONLY
+from pibinn_plugin.sharding import is_sharded
 
 
 class WeightReadsAsW(nn.Module):
@@ -31,7 +32,8 @@ class WeightReadsAsW(nn.Module):
         """``λ · sign(V) ⊙ M``; the latent V is ``get_parameter``'s."""
         latent = self._parameters["weight"]
         assert latent is not None
-        return self.weight_of_latent(latent)
+        # FSDP2 asks for its sharded parameter by this name; in a forward it is whole.
+        return latent if is_sharded(latent) else self.weight_of_latent(latent)
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -40,9 +42,12 @@ class WeightReadsAsW(nn.Module):
     @override
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # An assignment ends here, and so does load_state_dict(assign=True), which brings a latent.
-        if name == "weight" and not self.is_loading_latent:
+        if name != "weight":
+            super().register_parameter(name, param)
+        elif self.is_loading_latent:
+            self._parameters["weight"] = param  # nn.Module would read W first
+        else:
             raise PIBiNNError(READ_ONLY)
-        super().register_parameter(name, param)
 
     @override
     def __delattr__(self, name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +25,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         ['notes.txt']
     """
     path = Path(os.path.realpath(path))
-    # A name of its own, for two that write to one path at a time; short, for names near the limit of the file system.
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    partial = path.with_name(f".{path.name}.partial")  # always this one: what a kill leaves is written over
     try:
         partial.touch()
         mode = (
