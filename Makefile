@@ -32,7 +32,7 @@ types: $(ENVIRONMENT)
 
 # torch comes first, by exact version: asked for as a range, pip would look for the newest build, which on Linux brings
 # several gigabytes of CUDA libraries. The project is built without isolation for the same reason.
-$(ENVIRONMENT): pyproject.toml constraints.txt setup.py $(wildcard pibinn_plugin/csrc/*)
+$(ENVIRONMENT): pyproject.toml constraints.txt setup.py $(wildcard pibinn_plugin/kernel/csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) lacks the venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }

@@ -13,10 +13,10 @@ def extensions() -> list[Extension]:
         import torch
     except ModuleNotFoundError:  # an isolated build: torch is not among its requirements, it would be a second copy
         return []
-    root, folder = Path(torch.__file__).parent, Path("pibinn_plugin/csrc")
+    root, folder = Path(torch.__file__).parent, Path("pibinn_plugin/kernel/csrc")
     return [
         Extension(
-            "pibinn_plugin._kernel",
+            "pibinn_plugin.kernel._kernel",
             sources=[str(folder / f"{name}.cpp") for name in SOURCES],
             depends=[str(path) for path in sorted(folder.iterdir())],
             include_dirs=[str(root / "include")],

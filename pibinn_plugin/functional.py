@@ -1,6 +1,6 @@
 """Products with a one-bit weight that stays packed in memory: exact, of the adjoint, and with int8 activations.
 
-The native kernel (`native_kernel`) multiplies, where it was built and the tensors are on a CPU. Everything else, and
+The native kernel (`kernel.native`) multiplies, where it was built and the tensors are on a CPU. Everything else, and
 every trace that is exported, runs in plain torch operations, the reference: the same values to the rounding of float32.
 """
 
@@ -10,9 +10,9 @@ import torch
 import torch.autograd.forward_ad
 from torch import Tensor
 
-from pibinn_plugin import native_kernel
 from pibinn_plugin.errors import PIBiNNError
-from pibinn_plugin.native_kernel import Layout, kernel
+from pibinn_plugin.kernel import native
+from pibinn_plugin.kernel.native import Layout, kernel
 from pibinn_plugin.packing import unpack_signs
 from pibinn_plugin.structure import BlockDiagonal, Shape, Structure, matrix_shape
 from pibinn_plugin.structure.base import constant
@@ -48,9 +48,7 @@ def packed_linear(
     input, bias = _as_operands(input, bias)
     layout = _native_layout(input, bits, scale, bias, structure, shape)
     if layout is not None:
-        return _in_order(
-            lambda x, b: native_kernel.packed_linear(x, bits, scale, b, layout, False), input, bias, structure
-        )
+        return _in_order(lambda x, b: native.packed_linear(x, bits, scale, b, layout, False), input, bias, structure)
     signs = unpack_signs(bits, structure.compact_shape(shape), input.dtype)
     output = structure.linear(input, signs, shape) * scale.to(input.dtype)
     return output if bias is None else output + bias
@@ -130,10 +128,10 @@ def packed_linear_int8(
     _check_no_gradient(input, scale, bias)
     input, bias = _as_operands(input, bias)
     step = _int8_step(input, per_row)
-    blocks = native_kernel.blocks_of(structure, shape)
-    if blocks is not None and native_kernel.can_run(input, bits, scale, bias):
+    blocks = native.blocks_of(structure, shape)
+    if blocks is not None and native.can_run(input, bits, scale, bias):
         return _in_order(
-            lambda x, b: native_kernel.packed_linear_int8(x, bits, scale, step, b, blocks), input, bias, structure
+            lambda x, b: native.packed_linear_int8(x, bits, scale, step, b, blocks), input, bias, structure
         )
     # Integers are exact in a float as long as their sums are; float32 products are the faster ones.
     is_small = _LARGEST_INT8 * matrix_shape(shape)[1] <= 2**24
@@ -159,7 +157,7 @@ def _native_layout(
 ) -> Layout | None:
     """How the native kernel is to read the bits; None where plain torch operations are to run."""
     # In this order: an index is not made where the kernel cannot run.
-    return native_kernel.layout_of(structure, shape) if native_kernel.can_run(input, bits, scale, bias) else None
+    return native.layout_of(structure, shape) if native.can_run(input, bits, scale, bias) else None
 
 
 def _check_no_gradient(*tensors: Tensor | None) -> None:
@@ -199,10 +197,10 @@ def _in_order(
 
 def _in_order_transposed(input: Tensor, bits: Tensor, scale: Tensor, structure: Structure, layout: Layout) -> Tensor:
     if not isinstance(structure, BlockDiagonal) or structure.row_order is None:
-        return native_kernel.packed_linear(input, bits, scale, None, layout, True)
+        return native.packed_linear(input, bits, scale, None, layout, True)
     row_index = constant(structure._row_index, "cpu")  # type: ignore[attr-defined]
     column_index = constant(structure._column_index, "cpu")  # type: ignore[attr-defined]
     # A permutation's adjoint is its inverse: copying to where `index_select` would have read.
     ordered = torch.zeros_like(input).index_copy(-1, row_index, input)
-    output = native_kernel.packed_linear(ordered, bits, scale, None, layout, True)
+    output = native.packed_linear(ordered, bits, scale, None, layout, True)
     return torch.zeros_like(output).index_copy(-1, column_index, output)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
-from pibinn_plugin import native_kernel
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.functional import packed_linear, packed_linear_adjoint, packed_linear_int8
-from pibinn_plugin.native_kernel import Layout
+from pibinn_plugin.kernel import native
+from pibinn_plugin.kernel.native import Layout
 from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.parametrized import parametrize_by, set_class_before
@@ -126,8 +126,8 @@ class _MultipliesBits(nn.Module):
     def stays_packed(self, input: Tensor) -> bool:
         """Whether products with this input multiply packed signs; elsewhere they unpack the weight, each time."""
         rule = self._rule
-        can_run = native_kernel.can_run(input, self.bits, rule.scale.value, None)
-        has_layout = native_kernel.layout_of(rule.structure, rule.shape) is not None
+        can_run = native.can_run(input, self.bits, rule.scale.value, None)
+        has_layout = native.layout_of(rule.structure, rule.shape) is not None
         return self._plain_chain() is not None and can_run and has_layout
 
     def _plain_chain(self) -> Any:
@@ -150,13 +150,13 @@ class _MultipliesBits(nn.Module):
         """
         bits = chain._buffers["original"]
         scale = chain._modules["0"]._scale[0].value
-        if not native_kernel.can_run(input, bits, scale, bias):
+        if not native.can_run(input, bits, scale, bias):
             return None
         rows, columns = layout
         kind = type(rows)
         if kind is Tensor:
-            rows, columns = native_kernel.as_arguments(layout, input)
-        return native_kernel.FUSED[kind](input, bits, scale, rows, columns, bias, transposed)
+            rows, columns = native.as_arguments(layout, input)
+        return native.FUSED[kind](input, bits, scale, rows, columns, bias, transposed)
 
 
 class PackedLinear(_MultipliesBits, nn.Linear):
@@ -185,7 +185,7 @@ def multiply_bits(module: nn.Module) -> None:
     layer: Any = module
     structure = layer._rule.structure
     is_permuted = isinstance(structure, BlockDiagonal) and structure.row_order is not None
-    layer._layout = None if is_permuted else native_kernel.layout_of(structure, layer._rule.shape)
+    layer._layout = None if is_permuted else native.layout_of(structure, layer._rule.shape)
 
 
 def stop_multiplying_bits(module: nn.Module) -> bool:

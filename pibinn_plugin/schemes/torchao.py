@@ -32,9 +32,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from typing_extensions import override
 
-from pibinn_plugin import native_kernel
 from pibinn_plugin.errors import PIBiNNError, ScaleError, StructureError, TargetError
 from pibinn_plugin.functional import packed_linear
+from pibinn_plugin.kernel import native
 from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale, SignQuantizer, initial_scale
@@ -286,7 +286,7 @@ class PIBiNNTensor(TorchAOBaseTensor):
         super().__init__()
         self.bits, self.scale, self.structure, self.dense_shape = bits, scale, structure, list(dense_shape)
         # Now: compiled code has no real tensors to read a mask into, or to make an index of.
-        native_kernel.layout_of(_structure(structure), tuple(dense_shape))
+        native.layout_of(_structure(structure), tuple(dense_shape))
 
     @property
     def packed_signs(self) -> PackedSigns:

@@ -17,7 +17,7 @@ from processor import Processor
 
 from pibinn_plugin.bits import pack_bits
 
-SOURCES = Path(__file__).parents[2] / "pibinn_plugin" / "csrc"
+SOURCES = Path(__file__).parents[2] / "pibinn_plugin" / "kernel" / "csrc"
 FREESTANDING = "-O3 -std=c++20 -ffreestanding -nostdlib -static -fno-pie -no-pie -fno-stack-protector -fno-exceptions"
 REGIONS = dict.fromkeys(("bits", "input", "output", "bias", "steps", "index", "call", "scratch"), 1 << 20)
 SCALE = 0.37

@@ -12,8 +12,8 @@ from packed_layers import BLOCKS, packed_layer
 from torch.library import opcheck
 
 import pibinn_plugin as pb
-from pibinn_plugin import native_kernel
 from pibinn_plugin.functional import kernel, packed_linear
+from pibinn_plugin.kernel import native
 
 ROOT = Path(__file__).parents[2]
 CASES = Path(__file__).parents[1] / "scripts" / "native_kernel_cases.py"
@@ -134,9 +134,9 @@ def test_forced_paths():
 
 @needs_kernel
 def test_shared_object_of_other_sources_is_left_alone(monkeypatch):
-    monkeypatch.setattr(native_kernel, "_INTERFACE", -1)
+    monkeypatch.setattr(native, "_INTERFACE", -1)
     monkeypatch.delenv("PIBINN_KERNEL", raising=False)
-    assert native_kernel._load() == "torch"
+    assert native._load() == "torch"
     monkeypatch.setenv("PIBINN_KERNEL", "portable")
     with pytest.raises(pb.PIBiNNError, match="was built from other sources"):
-        native_kernel._load()
+        native._load()

@@ -1,0 +1,1 @@
+"""Products with packed bits: `native`, the kernel built from ``csrc/``, which `pibinn_plugin.functional` calls."""
