@@ -35,6 +35,8 @@ class CompactLinear(nn.Module):
         (torch.Size([8, 4, 8]), torch.Size([5, 32]))
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -48,7 +50,8 @@ class CompactLinear(nn.Module):
         self.in_features, self.out_features, self.structure = in_features, out_features, structure
         structure.check(self.dense_shape)
         self.weight = nn.Parameter(torch.empty(structure.compact_shape(self.dense_shape), device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        own_bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", own_bias)
         self.reset_parameters()
 
     @property

@@ -104,8 +104,7 @@ class _MultipliesBits(nn.Module):
         bias: Any = self.bias
         if self.int8_activations:
             return self._product(packed_linear_int8, input, bias)
-        is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        if is_plain and self._layout is not None and "bias" in self._parameters:
+        if not torch.is_grad_enabled() and self._layout is not None and "bias" in self._parameters:
             output = self._fused(chain, input, self._layout, self._parameters["bias"], False)
             if output is not None:
                 return output
@@ -116,7 +115,7 @@ class _MultipliesBits(nn.Module):
         chain = self._plain_chain()
         if chain is None:
             raise PIBiNNError("the weight of this layer is parametrized beyond its packed signs: multiply by weight.mT")
-        if self._layout is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        if not torch.is_grad_enabled() and self._layout is not None:
             output = self._fused(chain, input, self._layout, None, True)
             if output is not None:
                 return output
@@ -149,8 +148,8 @@ class _MultipliesBits(nn.Module):
         More Python than this takes more time than a small product.
         """
         bits = chain._buffers["original"]
-        scale = chain._modules["0"]._scale[0].value
-        if not native.can_run(input, bits, scale, bias):
+        scale = chain._modules["0"]._scale[0]._parameters["value"]
+        if torch._C._is_any_autocast_enabled() or not native.can_run(input, bits, scale, bias):
             return None
         rows, columns = layout
         kind = type(rows)
