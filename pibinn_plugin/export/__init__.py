@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,7 +147,7 @@ def _runner(framework: ModuleType, path: Path, format: str) -> Runner:
     try:
         return framework.runner(path)
     except Exception as error:  # each format's runtime has its own errors
-        raise ExportError(f"what was written as {format!r} cannot be loaded again: {error}") from error
+        raise ExportError(f"what was written as {format!r} cannot be loaded again: {_one_line(error)}") from error
 
 
 def _write(framework: ModuleType, packed: nn.Module, inputs: tuple[Tensor, ...], path: Path, format: str) -> None:
@@ -155,4 +156,10 @@ def _write(framework: ModuleType, packed: nn.Module, inputs: tuple[Tensor, ...],
     except (PIBiNNError, ModuleNotFoundError):
         raise
     except Exception as error:  # each framework has its own errors
-        raise ExportError(f"the network cannot be exported as {format!r}: {error}") from error
+        raise ExportError(f"the network cannot be exported as {format!r}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    """What an exporter says, which may take pages in colours, as a part of one line."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return " ".join(plain.split())[:300] or type(error).__name__
