@@ -103,8 +103,8 @@ class PairCurve:
             f"Fraction of right signs, rows of {self.unknowns} unknowns; measured against the true operator, mean of "
             f"{len(_SEEDS)} sets of pairs.\npredicted: for the box relaxation with normal inputs and large n (arXiv "
             "1510.01413), optimistic near the transition\nand for inputs with zeros. rows determined: the probability "
-            "that N pairs without noise leave one solution in the box\n(pibinn_plugin/initialization/sign_recovery.py). "
-            "rows all right: of which SignsFromPairs has all signs.\n"
+            "that N pairs without noise leave one solution in the box\n"
+            "(pibinn_plugin/initialization/sign_recovery.py). rows all right: of which SignsFromPairs has all signs.\n"
         )
 
 
