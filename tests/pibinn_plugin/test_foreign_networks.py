@@ -192,6 +192,15 @@ def test_what_is_done_after_prepare_is_carried_over_or_refused(change, scheme, b
     pb.export(model, tmp_path / "net.pt2", args=(batch,), format="pt2")  # compared with the trained model
 
 
+def test_a_norm_on_a_weight_of_blocks_is_exported_with_it(batch, tmp_path):
+    """Blocks are written as blocks only where nothing else reads the weight: the norm needs it dense."""
+    model = pb.prepare(nn.Sequential(nn.Linear(8, 8)), {"0.weight": pb.BlockDiagonal(2)})
+    torch.nn.utils.parametrizations.spectral_norm(model[0])
+    model.eval()
+    torch.testing.assert_close(pb.convert(model)(batch), model(batch))
+    pb.export(model, tmp_path / "net.pt2", args=(batch,), format="pt2")  # compared with the trained model
+
+
 @pytest.mark.parametrize("scheme", ["native", "torchao"])
 def test_a_fused_batch_norm_is_refused_and_not_rounded_to_signs(scheme):
     model = pb.prepare(nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3)).eval(), {"0.weight": None}, scheme)
