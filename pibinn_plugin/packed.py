@@ -201,7 +201,7 @@ def stop_multiplying_bits(module: nn.Module) -> bool:
 def _has_attachments(module: Any) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     chains = getattr(module, "parametrizations", {})
-    return any(hooks) or "forward" in vars(module) or len(chains) != 1 or len(chains["weight"]) != 1
+    return any(hooks) or "forward" in vars(module) or list(chains) != ["weight"] or len(chains["weight"]) != 1
 
 
 def use_int8_activations(model: nn.Module, enabled: bool = True) -> None:

@@ -33,8 +33,7 @@ def use_brevitas_layers(packed: nn.Module) -> nn.Module:
             except TargetError as error:
                 raise ExportError(
                     f"{place.name!r} cannot be written through Brevitas, which has linear, convolution and "
-                    f"compact layers: "
-                    f"export as onnx, pt2 or aoti ({error})"
+                    f"compact layers: export as onnx, pt2 or aoti ({error})"
                 ) from error
             framework.attach(target, place, scale)
     return packed.eval()
@@ -43,15 +42,13 @@ def use_brevitas_layers(packed: nn.Module) -> nn.Module:
 def _dense_where_brevitas_needs_it(target: Target) -> Target:
     # Brevitas' exporters write compact layers of blocks and bands alone, and the ONNX exporter that they use ends the
     # process with a division by zero at a block without elements.
-    if not target.compact or (isinstance(target.structure, BlockDiagonal | Banded) and not _is_empty(target)):
+    if not target.compact or (
+        isinstance(target.structure, BlockDiagonal | Banded) and not has_empty_blocks(target.structure)
+    ):
         return target
     if not all(map(is_stock_compact, target.places)):
         raise ExportError(f"{target} has empty blocks, or a structure that Brevitas' exporters cannot write")
     return to_dense_layer(target)
-
-
-def _is_empty(target: Target) -> bool:
-    return has_empty_blocks(target.structure)
 
 
 def export_through_brevitas(

@@ -192,6 +192,18 @@ def test_what_is_done_after_prepare_is_carried_over_or_refused(change, scheme, b
     pb.export(model, tmp_path / "net.pt2", args=(batch,), format="pt2")  # compared with the trained model
 
 
+@pytest.mark.parametrize("targets", [{"0.bias": None}, {"0.weight": pb.BlockDiagonal(2), "0.bias": None}])
+def test_a_bias_that_is_named_is_packed_too(targets, batch, tmp_path):
+    model = pb.prepare(nn.Sequential(nn.Linear(8, 8)), targets)
+    packed = pb.convert(model, args=(batch,))
+    assert [weight.name for weight in one_bit_weights(packed)] == list(targets)
+    loaded = pb.load(pb.save(packed, tmp_path / "net.safetensors"), into=nn.Sequential(nn.Linear(8, 8)))
+    if "0.weight" in targets:
+        torch.testing.assert_close(loaded(batch), model(batch))
+    assert torch.equal(loaded[0].bias, model[0].bias)
+    pb.export(model, tmp_path / "net.pt2", args=(batch,), format="pt2")
+
+
 def test_a_norm_on_a_weight_of_blocks_is_exported_with_it(batch, tmp_path):
     """Blocks are written as blocks only where nothing else reads the weight: the norm needs it dense."""
     model = pb.prepare(nn.Sequential(nn.Linear(8, 8)), {"0.weight": pb.BlockDiagonal(2)})
