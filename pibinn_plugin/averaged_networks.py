@@ -1,9 +1,10 @@
 """Averages of the trained network that other callbacks keep (weight averaging, EMA, SWA): one-bit networks too.
 
 What an average of one-bit networks means: λ, the float parameters and, until stage 2, the latents are averaged, and the
-averaged network has the signs of its averaged latents. When stage 2 begins, it takes the signs and latents of the run
-once, and keeps them: λ and the floats of stage 2 are trained for those signs, and averaging them under other signs
-would be the network of nobody. So what is evaluated and saved is a one-bit network in every stage.
+averaged network has the signs of its averaged latents. When stage 2 begins, the signs are decided once, for the run and
+its averages: those of the averaged latents where averaging has begun, else those of the run. λ and the floats of
+stage 2 are then trained, and averaged, for the signs that they are used with. What is evaluated and saved is a one-bit
+network in every stage.
 """
 
 from __future__ import annotations
@@ -60,6 +61,16 @@ def prepare_averages(trainer: pl.Trainer, pl_module: pl.LightningModule, targets
                 f"prepared: average the whole LightningModule by a callback (WeightAveraging), or make the "
                 f"AveragedModel in configure_optimizers"
             )
+
+
+def take_averaged_signs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Give the latents of the run the values of those of the first average that has begun."""
+    for callback, network in averaged_networks(trainer, pl_module):
+        holders = [callback, *(each for each in vars(callback).values() if isinstance(each, AveragedModel))]
+        if any(int(getattr(holder, "n_averaged", None) or 0) > 0 for holder in holders):
+            for own, theirs in _pairs(pl_module, network):
+                assign(theirs.latent, whole(own.latent.detach()))
+            return
 
 
 def follow_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -26,6 +26,7 @@ from pibinn_plugin.averaged_networks import (
     prepare_averages,
     restore_averages,
     start_averaged_scales,
+    take_averaged_signs,
 )
 from pibinn_plugin.errors import TargetError
 from pibinn_plugin.initialization import Initialization
@@ -251,6 +252,8 @@ class TwoStageQAT(Callback):
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._frozen_here = [weight for weight in quantized_weights(pl_module) if weight.latent.requires_grad]
+        if not any(weight.is_frozen for weight in self._frozen_here):  # as those of a resumed run are
+            take_averaged_signs(trainer, pl_module)
         freeze_signs(pl_module)
         follow_run(trainer, pl_module)
         self._restore_latents(trainer, pl_module)
