@@ -111,15 +111,14 @@ def test_early_stopping_before_stage_2_says_so(recwarn):
     pb.convert(diary.trainer.lightning_module)
 
 
-def test_the_best_checkpoint_may_be_one_of_the_warm_up_and_says_so(tmp_path, recwarn):
+def test_the_best_checkpoint_may_be_one_of_the_warm_up_and_says_so(tmp_path):
     best = ModelCheckpoint(tmp_path, monitor="qat/stage", mode="min", save_top_k=1)
-    diary = fit(SmallModule(), two_stage.callback("native", 2, 4), best, enable_checkpointing=True)
-    for evaluate in (diary.trainer.test, diary.trainer.validate):
-        recwarn.clear()
+    fit(SmallModule(), two_stage.callback("native", 2, 4), best, enable_checkpointing=True)
+    for evaluate in ("test", "validate"):
         module = SmallModule()
         trainer = train_and_die.quiet_trainer(callbacks=[two_stage.callback()])
-        getattr(trainer, evaluate.__name__)(module, ckpt_path=best.best_model_path, verbose=False)
-        assert any("these are the weights of the float warm-up" in str(each.message) for each in recwarn.list)
+        with pytest.warns(UserWarning, match="these are the weights of the float warm-up"):
+            getattr(trainer, evaluate)(module, ckpt_path=best.best_model_path, verbose=False)
     with pytest.raises(pb.PIBiNNError, match="float warm-up"):
         pb.convert(module)
     assert torch.load(best.best_model_path)["callbacks"]["TwoStageQAT"]["stage"] == W
@@ -305,6 +304,14 @@ def test_a_compiled_module():
     expected = fit(SmallModule(), two_stage.callback(), limit_val_batches=0)
     assert diary.losses == pytest.approx(expected.losses, abs=1e-9)
     assert_two_stages(diary)
+
+
+def test_a_prepared_module_is_trained_by_a_new_process():
+    module = pb.prepare(SmallModule(), TARGETS)
+    fit(module, two_stage.callback(), strategy="ddp_spawn", devices=1)
+    assert_equal(state_of(module), fit(SmallModule(), two_stage.callback()).states[-1])
+    assert all(weight.is_frozen for weight in quantized_weights(module))
+    pb.convert(module)
 
 
 def test_two_callbacks_are_refused():
