@@ -279,7 +279,9 @@ class ForgetsTheScale(SmallModule):
 
 
 def test_a_scale_in_no_optimizer_is_refused_before_training():
-    with pytest.raises(MisconfigurationException, match=r"'pibinn_scale.value' is in no optimizer.*self.parameters\(\)"):
+    with pytest.raises(
+        MisconfigurationException, match=r"'pibinn_scale.value' is in no optimizer.*self.parameters\(\)"
+    ):
         fit(ForgetsTheScale(), two_stage.callback())
     module = pb.prepare(ForgetsTheScale(), TARGETS)
     module.pibinn_scale.value.requires_grad_(False)  # on purpose
@@ -347,7 +349,10 @@ class Predicts(SmallModule):
     [
         ((0, 1), "signs are trained from the start, and frozen from epoch 1 of 6"),
         ((0.0, 1.0), "frozen never: after 100 % of 12 steps"),
-        ((0.25, 9), "signs are trained after 25 % of 12 steps (a fraction; an epoch is an integer), and frozen never: fr"),
+        (
+            (0.25, 9),
+            "signs are trained after 25 % of 12 steps (a fraction; an epoch is an integer), and frozen never: fr",
+        ),
     ],
 )
 def test_a_line_says_what_the_starts_mean(starts, line, caplog):
