@@ -5,7 +5,9 @@ Every scheme calls `SignQuantizer`, which is why their forward values are bit-id
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +98,8 @@ class GlobalScale(nn.Module):
         initial: the value to start from, positive and finite.
 
     Raises:
-        ScaleError: ``initial`` is not positive and finite, or rounds to zero or to infinity in this dtype.
+        ScaleError: ``initial`` is not positive and finite, or rounds to zero or to infinity in this dtype; or, when a
+            state dict is loaded, it holds a λ that is not finite.
 
     Example:
         >>> GlobalScale(0.5)()
@@ -127,6 +130,14 @@ class GlobalScale(nn.Module):
     def forward(self) -> Tensor:
         """λ, shape ``(1,)``: positive whatever an optimizer did to the parameter, and exactly it where it is."""
         return self.value.abs().clamp_min(smallest_scale(self.value.dtype))
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        value: Any = state_dict.get(f"{prefix}value")
+        is_one_number = isinstance(value, Tensor) and value.numel() == 1 and not hasattr(value, "full_tensor")
+        if is_one_number and value.device.type != "meta" and not math.isfinite(number := float(value)):
+            raise ScaleError(f"the global scale in the state dict is {number}; expected a finite number")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalScale:

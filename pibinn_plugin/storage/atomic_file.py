@@ -35,7 +35,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         os.chmod(partial, stat.S_IMODE(mode))
         os.replace(partial, path)
     except OSError as error:
-        if error.filename is None:  # a full disk is found by a write, which knows no name
+        if error.errno is not None and error.filename is None:  # a full disk is found by a write, which knows no name
             error.filename = str(path)
         raise
     finally:
