@@ -1,7 +1,7 @@
 # Every target builds the environment in .venv first, and builds it again when pyproject.toml, constraints.txt or the
 # sources of the native kernel changed.
 PYTHON ?= python3
-EXTRAS := torchao,brevitas,lightning,export,plot,dev
+EXTRAS := torchao,brevitas,lightning,export,plot,docs,dev
 ENVIRONMENT := .venv/environment.stamp
 
 # The tests whose results depend on the path of the kernel, and all paths, best first.
@@ -9,7 +9,7 @@ KERNEL_TESTS := $(addprefix tests/pibinn_plugin/test_,kernel_values.py kernel_th
 OTHER_PATHS := from pibinn_plugin.functional import kernel; \
 	paths = ["avx512", "avx2", "portable", "torch"]; print(*paths[paths.index(kernel()) + 1 :])
 
-.PHONY: demo test test-paths lint types clean
+.PHONY: demo test test-paths lint types docs clean
 
 demo: $(ENVIRONMENT)
 	.venv/bin/python -m lightning_modules.demo
@@ -30,6 +30,10 @@ lint: $(ENVIRONMENT)
 types: $(ENVIRONMENT)
 	.venv/bin/mypy
 
+# In docs/_build/html; a warning is an error.
+docs: $(ENVIRONMENT)
+	.venv/bin/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
+
 # torch comes first, by exact version: asked for as a range, pip would look for the newest build, which on Linux brings
 # several gigabytes of CUDA libraries. The project is built without isolation for the same reason.
 $(ENVIRONMENT): pyproject.toml constraints.txt setup.py $(wildcard pibinn_plugin/kernel/csrc/*)
@@ -42,6 +46,7 @@ $(ENVIRONMENT): pyproject.toml constraints.txt setup.py $(wildcard pibinn_plugin
 	@touch $@
 
 clean:
+	rm -rf docs/_build docs/_gallery docs/sg_execution_times.rst
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find pibinn_plugin lightning_modules tests -name __pycache__ -prune -exec rm -rf {} +
 	find pibinn_plugin -name '*.so' -delete

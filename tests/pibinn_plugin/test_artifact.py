@@ -355,7 +355,10 @@ def test_failing_save_keeps_the_old_file(failing, path, packed, monkeypatch):
 
     if failing == "replace":
         monkeypatch.setattr(atomic_file.os, "replace", fail)
-    with full_disk(100 if failing == "write" else -1), pytest.raises(OSError, match="no space|File too large.*net.saf"):
+    with (
+        full_disk(100 if failing == "write" else -1),
+        pytest.raises(OSError, match=r"no space|File too large.*net.saf"),
+    ):
         save(changed, path)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing temporary is left

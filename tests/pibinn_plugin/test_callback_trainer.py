@@ -96,7 +96,7 @@ def test_max_time_needs_no_number_of_epochs_but_a_fraction_does():
             trainer.should_stop = trainer.current_epoch == 3
 
     assert fit(SmallModule(), two_stage.callback("native", 1, 2), Stops(), **arguments).stages == [W, S, C, C]
-    with pytest.raises(MisconfigurationException, match="only max_time.*give the start as an epoch"):
+    with pytest.raises(MisconfigurationException, match=r"only max_time.*give the start as an epoch"):
         fit(SmallModule(), two_stage.callback("native", 0, 0.75), Stops(), **arguments)
 
 
@@ -318,7 +318,7 @@ def test_a_prepared_module_is_trained_by_a_new_process():
 
 def test_two_callbacks_are_refused():
     halves = [{name: TARGETS[name]} for name in ("layers.0.weight", "layers.2.weight")]
-    with pytest.raises(MisconfigurationException, match="has 2 TwoStageQAT.*name the targets of all in one"):
+    with pytest.raises(MisconfigurationException, match=r"has 2 TwoStageQAT.*name the targets of all in one"):
         fit(SmallModule(), pb.TwoStageQAT(halves[0]), pb.TwoStageQAT(halves[1]))
 
 
