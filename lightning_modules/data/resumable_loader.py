@@ -4,8 +4,8 @@ A data set that draws its examples afresh every epoch needs to know the epoch. :
 the index: example `i` of epoch `e` is number `e * length + i`. :class:`ResumableLoader` keeps the position in the epoch
 in checkpoints, so that a run killed anywhere resumes with the batch that comes next.
 
-torchdata's ``StatefulDataLoader`` (0.11) was tried in its place: it keeps its position whatever the epoch, so that a run
-killed between the last step of an epoch and the next epoch, which the tests do, resumes without batches.
+torchdata's ``StatefulDataLoader`` (0.11) was tried in its place: it keeps its position whatever the epoch, so that a
+run killed between the last step of an epoch and the next epoch, which the tests do, resumes without batches.
 """
 
 from __future__ import annotations
