@@ -33,8 +33,8 @@ class Mask(Structure):
         pattern: boolean or number, in the shape of the weight; what is not zero is a structural nonzero.
 
     Raises:
-        StructureError: a pattern that is no array of numbers, that is empty, without a nonzero or of more than 2³¹
-            elements, or that holds a NaN.
+        StructureError: a pattern that is no array of real and finite numbers, that is empty, without a nonzero or of
+            more than 2³¹ elements.
 
     Example:
         >>> structure = Mask([[1, 0], [1, 1]])
@@ -56,9 +56,10 @@ class Mask(Structure):
             except (TypeError, ValueError, RuntimeError) as error:
                 raise StructureError(f"a mask is an array of numbers; got {short(pattern)}: {short(error)}") from error
             values = values.to_dense() if values.layout != torch.strided else values
-            if values.isnan().any():
+            if values.is_complex() or not values.isfinite().all():
                 raise StructureError(
-                    f"a mask of shape {tuple(values.shape)} holds a NaN, which is neither zero nor not"
+                    f"a mask of shape {tuple(values.shape)} holds a NaN, an infinite or a complex number; expected "
+                    f"True or 1 where a weight may be nonzero, False or 0 elsewhere"
                 )
             self._encode(values.flatten().nonzero().flatten(), tuple(values.shape))
 
