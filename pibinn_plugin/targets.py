@@ -74,6 +74,10 @@ def resolve_targets(model: nn.Module, targets: Targets) -> list[Target]:
         >>> [target.name for target in resolve_targets(model, {"*.weight": None})]
         ['0.weight', '2.weight']
     """
+    if targets and not isinstance(targets, Mapping):
+        raise TargetError(
+            f"targets are a {type(targets).__name__}; expected a dict from parameter-name pattern to structure"
+        )
     if not targets:
         raise TargetError("no targets: give at least one parameter-name pattern, such as {'*.weight': None}")
     places = parameter_places(model)

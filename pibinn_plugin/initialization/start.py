@@ -60,6 +60,9 @@ class SignsFromPairs:
         weights: pattern of the names that the weights had before the model was prepared; all weights unless given.
         scale: λ, where it is known; estimated unless given.
 
+    Raises:
+        PIBiNNError: ``max_pairs`` below 1, or inputs and outputs in one place.
+
     Example:
         >>> import pibinn_plugin as pb
         >>> model = pb.prepare(nn.Linear(6, 4, bias=False), {"weight": pb.BlockDiagonal(2)})
@@ -80,6 +83,10 @@ class SignsFromPairs:
     ) -> None:
         if max_pairs is not None and max_pairs < 1:
             raise PIBiNNError(f"max_pairs={max_pairs}: expected at least one pair, or None for all")
+        if inputs == outputs:
+            raise PIBiNNError(
+                f"inputs and outputs are both at {inputs!r} of a batch: every weight would be the identity"
+            )
         self.inputs, self.outputs, self.max_pairs, self.weights = inputs, outputs, max_pairs, weights
         self.scale = scale
 

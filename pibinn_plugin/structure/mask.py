@@ -119,7 +119,7 @@ class Mask(Structure):
             return mask_encoding.decode(self.data, *matrix_shape(self.shape)).positions()
 
     @override
-    def linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
+    def _linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
         return F.linear(input, self.to_dense(compact, matrix_shape(shape)))
 
     @override

@@ -15,6 +15,7 @@ from pibinn_plugin import (
     Mask,
     PIBiNNError,
     SignsFromOperator,
+    SignsFromPairs,
     StructureError,
     TargetError,
     convert,
@@ -22,6 +23,7 @@ from pibinn_plugin import (
 )
 from pibinn_plugin.initialization.sign_regression import PairStatistics
 from pibinn_plugin.initialization.start import signs_from_operator
+from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.schemes.brevitas import PIBiNNWeightQuant
 
@@ -99,3 +101,46 @@ def test_complex_pairs_are_refused(which):
     pairs[which] = pairs[which] * 1j
     with pytest.raises(PIBiNNError, match="or complex ones"):
         PairStatistics(Dense(), (4, 4)).add(*pairs)
+
+
+WRONG_SIZES = [
+    Dense(),
+    Banded(1, 1),
+    BlockDiagonal(2),
+    BlockDiagonal(rows=(1, 3), columns=(3, 1)),
+    BlockDiagonal(2, row_order=(1, 0, 3, 2), column_order=(0, 2, 1, 3)),
+    Mask(torch.eye(4)),
+]
+
+
+@pytest.mark.parametrize("structure", WRONG_SIZES)
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_features_that_no_weight_stands_for_are_refused(structure, size, gradient):
+    """A band would leave the last ones out, and an order read the first four."""
+    layer = CompactLinear(4, 4, structure)
+    with torch.set_grad_enabled(gradient):
+        with pytest.raises((StructureError, RuntimeError), match=f"4.*{size}|{size}.*4"):
+            layer(torch.ones(2, size))
+        packed = convert(prepare(layer, {"weight": None}))
+        with pytest.raises((StructureError, RuntimeError)):
+            packed(torch.ones(2, size))
+        assert packed(torch.ones(2, 4)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("sizes", [{1, 2}, {1: 3, 2: 4}, frozenset({1})])
+def test_sizes_of_blocks_have_an_order(sizes):
+    with pytest.raises(StructureError, match="expected a list of whole numbers"):
+        BlockDiagonal(rows=sizes, columns=[1] * len(sizes))
+
+
+@pytest.mark.parametrize("targets", [["weight"], "weight", ("weight", None)])
+def test_targets_are_a_dict(targets):
+    with pytest.raises(TargetError, match="expected a dict"):
+        prepare(nn.Linear(4, 4), targets)
+
+
+@pytest.mark.parametrize("place", [0, "x"])
+def test_inputs_and_outputs_of_pairs_are_two(place):
+    with pytest.raises(PIBiNNError, match="would be the identity"):
+        SignsFromPairs(inputs=place, outputs=place)
