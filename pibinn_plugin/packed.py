@@ -99,7 +99,7 @@ class _MultipliesBits(nn.Module):
     @override
     def forward(self, input: Tensor) -> Tensor:
         chain = self._plain_chain()
-        if chain is None:
+        if chain is None or input.is_nested:  # which no product with λ takes
             return super().forward(input)
         bias: Any = self.bias
         if self.int8_activations:

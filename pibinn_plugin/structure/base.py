@@ -69,10 +69,11 @@ def check_shape(shape: Shape) -> None:
 
 def check_columns(input: Tensor, shape: Shape) -> None:
     """Raise `StructureError` unless a weight of this shape can multiply the input: bands and orders would not look."""
-    if input.dim() == 0 or input.shape[-1] != matrix_shape(shape)[1]:
+    columns = matrix_shape(shape)[1]
+    features = input.size(-1) if input.dim() else 0  # of a nested tensor this can be asked, its shape cannot
+    if features != columns:
         raise StructureError(
-            f"the input has shape {tuple(input.shape)}; a weight of shape {tuple(shape)} takes "
-            f"{matrix_shape(shape)[1]} on the last axis"
+            f"the input has {features} features on its last axis; a weight of shape {tuple(shape)} takes {columns}"
         )
 
 
