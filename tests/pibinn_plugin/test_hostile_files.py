@@ -68,6 +68,8 @@ HOSTILE_STATES = {
     "a matrix": torch.ones(2, 2),
     "no tensor": "x" * 10**6,
     "one tile of 2^26": torch.tensor([1, *ONE_TILE], dtype=torch.uint8),
+    "fractions, as of an average": torch.tensor([1, *BlockDiagonal(2).to_bytes()]) + 0.25,
+    "numbers that are no bytes": torch.tensor([1, *BlockDiagonal(2).to_bytes()]) + 256,
     "neither quantized nor not": torch.tensor([2, *BlockDiagonal(2).to_bytes()], dtype=torch.uint8),
 }
 
