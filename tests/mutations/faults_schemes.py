@@ -17,7 +17,7 @@ FAULTS = [
         "target.shape, target.compact, device)",
         "target.shape, target.compact)",
         "workflow_traps",
-        harmless="without another device than the CPU nothing differs; the mask follows at its first use",
+        harmless="on a CPU nothing differs, and the mask follows the latent",
     ),
     Fault(
         "schemes/native.py",
