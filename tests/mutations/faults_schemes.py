@@ -198,8 +198,8 @@ FAULTS = [
     ),
     Fault(
         "schemes/brevitas.py",
-        '        for name in (*vars(module)["added_by_brevitas"], "added_by_brevitas"):\n            delattr(module, name)\n',
-        "",
+        'for name in (*vars(module)["added_by_brevitas"], "added_by_brevitas"):',
+        "for name in ():",
         "brevitas workflow artifact models",
     ),
 ]

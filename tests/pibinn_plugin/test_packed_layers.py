@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pibinn_plugin import BlockDiagonal, PIBiNNError, ScaleError, convert, prepare
+from pibinn_plugin import BlockDiagonal, PIBiNNError, ScaleError, convert, global_scale, prepare
 from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packed import PackedCompactLinear, PackedLinear, use_int8_activations
 
@@ -127,6 +127,16 @@ def test_a_layer_that_stops_multiplying_its_bits_forgets_how_it_did():
     assert not stop_multiplying_bits(packed)
     multiply_bits(packed)
     assert packed.int8_activations is False
+
+
+def test_a_scale_that_the_dtype_of_one_layer_cannot_hold_is_refused():
+    """λ in float32, which training has made too small for the layer of half precision: its weight would be 0."""
+    model = prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).half()), {"*.weight": None})
+    convert(model)
+    global_scale(model).set(1e-20)
+    with pytest.raises(ScaleError, match=r"torch\.float16; got .*, which rounds to 0"):
+        convert(model)
+    assert global_scale(model)().item() == pytest.approx(1e-20)
 
 
 @pytest.mark.parametrize("values", [(0.5, 0.25), (0.5, 0.5)])
