@@ -178,8 +178,10 @@ class _ReadsAsW(WeightReadsAsW):
     def weight_of_latent(self, latent: Tensor) -> Tensor:
         proxy: Any = self.weight_quant
         quantizer = getattr(proxy, "sign_quantizer", None)
-        if quantizer is None or proxy.export_mode:  # another quantizer took its place; or a handler quantizes
+        if quantizer is None:  # another quantizer took its place
             return latent
+        if proxy.export_mode:  # a handler quantizes
+            return latent if quantizer.signs is None else quantizer.signs.to(latent)
         return quantizer.masked(latent) if proxy.disable_quant else quantizer(latent)
 
 
