@@ -26,18 +26,23 @@ FAULTS = [
         "or id(value) in one_bit",
         "artifact torchao",
     ),
-    Fault("storage/inventory.py", "        if not isinstance(value, Tensor):\n", "        if False:\n", "artifact"),
+    Fault(
+        "storage/inventory.py",
+        "        if not isinstance(value, Tensor):\n",
+        "        if False:\n",
+        "unsaved_models artifact",
+    ),
     Fault(
         "storage/inventory.py",
         "value.layout is not torch.strided or value.is_quantized",
         "value.is_quantized",
-        "artifact",
+        "unsaved_models artifact",
     ),
     Fault(
         "storage/inventory.py",
         "found.setdefault(id(value), []).append(plain_name(key))",
         "found.setdefault(id(value), []).append(key)",
-        "artifact models workflow",
+        "unsaved_models artifact",
     ),
     Fault("storage/inventory.py", "return narrow if narrow.item() == value else", "return", "artifact summary"),
     Fault(
@@ -46,18 +51,23 @@ FAULTS = [
         "return narrow",
         "artifact",
     ),
-    Fault("storage/packed_file.py", "if not weights or quantized_weights(model):", "if not weights:", "artifact"),
+    Fault(
+        "storage/packed_file.py",
+        "if not weights or quantized_weights(model):",
+        "if not weights:",
+        "unsaved_models artifact",
+    ),
     Fault(
         "storage/packed_file.py",
         'if not 0.0 < scale < float("inf"):\n            raise ScaleError',
         "if False:\n            raise ScaleError",
-        "artifact",
+        "unsaved_models artifact",
     ),
     Fault(
         "storage/packed_file.py",
         "if clash := network.float_tensors.keys() & tensors.keys():",
         "if clash := set():",
-        "artifact",
+        "unsaved_models artifact",
     ),
     Fault("storage/packed_file.py", "tensor.clone().contiguous()", "tensor.contiguous()", "artifact"),
     Fault(
