@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -11,8 +12,10 @@ from lightning_modules.analysis.examples import held_out_groups
 from lightning_modules.analysis.sign_history import read_sign_history
 from lightning_modules.compare.comparison import compare
 from lightning_modules.compare.rows import Row, read_rows
+from lightning_modules.compare.storage import load_baseline, stored_size
 from lightning_modules.data.bsds500 import BSDS500
 from lightning_modules.data.eegdenoisenet import EEGDenoiseNet
+from lightning_modules.data.files import DataFileError, read_index
 from lightning_modules.data.resumable_loader import EpochSampler, ResumableLoader
 from lightning_modules.data.sparse_recovery import SparseRecovery
 from lightning_modules.metrics import NMSE, nmse_db, rrmse_temporal
@@ -20,7 +23,7 @@ from lightning_modules.modules import SolverModule
 from lightning_modules.operators import BlockOperator, FlattenedPhysics, GaussianBlocks, SignBlocks
 from lightning_modules.pattern_calibration import block_pairs
 from lightning_modules.pictures import SignalPictures
-from pibinn_plugin import PIBiNNError
+from pibinn_plugin import ArtifactError, PIBiNNError
 
 # Batches
 
@@ -259,3 +262,25 @@ def test_fewer_pictures_than_asked_for_are_said(tmp_path, capsys):
     )  # fmt: skip
     run.test(SolverModule(nn.Linear(8, 8)), loader, verbose=False)
     assert "signals.png shows 2 examples, not 5" in capsys.readouterr().out
+
+
+def test_an_error_of_a_data_file_is_one_line_of_bounded_length(tmp_path):
+    index = tmp_path / "EEG_index.csv"
+    index.write_text('subject,split\na,"' + "train\n" * 10**5 + '"\n')
+    with pytest.raises(DataFileError) as caught:
+        read_index(index, 1)
+    message = str(caught.value)
+    assert message.startswith(str(index))
+    assert message.endswith("contiguous runs.")
+    assert len(message) <= 1000
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("header", ["[" * 10**5, "3", "[]", "{}", '{"layers": 3}', '{"layers": [3]}', "NaN"])
+@pytest.mark.parametrize("read", [stored_size, lambda path: load_baseline(path, nn.Linear(2, 2))])
+def test_a_packed_file_of_another_header_is_refused(header, read, tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_file({"a": torch.ones(1)}, path, metadata={"baseline": header})
+    with pytest.raises(ArtifactError) as caught:
+        read(path)
+    assert len(str(caught.value).splitlines()) == 1

@@ -144,3 +144,16 @@ def test_targets_are_a_dict(targets):
 def test_inputs_and_outputs_of_pairs_are_two(place):
     with pytest.raises(PIBiNNError, match="would be the identity"):
         SignsFromPairs(inputs=place, outputs=place)
+
+
+def test_a_mask_of_a_matrix_with_rounding_says_so():
+    """As the circular blur that an FFT multiplies with: 192 nonzeros, and rounding everywhere else."""
+    kernel = torch.fft.rfft(torch.tensor([0.5, 0.25, *[0.0] * 61, 0.25]))
+    matrix = torch.fft.irfft(torch.fft.rfft(torch.eye(64)) * kernel, n=64)
+    with pytest.warns(UserWarning, match=rf"{matrix.count_nonzero() - 192} of the nonzeros .* structure_from_operator"):
+        mask = Mask(matrix)
+    assert mask.nnz((64, 64)) > 192
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for pattern in (torch.eye(4), torch.tensor([[1e-5, 1.0]]), matrix.abs() > 0.1, torch.tensor([[1, 10**9]])):
+            Mask(pattern)
