@@ -35,26 +35,26 @@ FAULTS = [
         "schemes/weight_property.py",
         "        raise PIBiNNError(READ_ONLY)\n\n    @override\n    def register_parameter",
         '        self._parameters["weight"] = value\n\n    @override\n    def register_parameter',
-        "torchao brevitas models workflow_traps",
+        "read_only",
         harmless="nn.Module's own assignment ends in register_parameter, which refuses it",
     ),
     Fault(
         "schemes/weight_property.py",
         "        else:\n            raise PIBiNNError(READ_ONLY)\n",
         '        else:\n            self._parameters["weight"] = param\n',
-        "torchao brevitas models workflow_traps foreign_networks",
+        "read_only",
     ),
     Fault(
         "schemes/weight_property.py",
         '        if name == "weight":  # torch\'s parametrizations and weight norms begin so\n',
         "        if False:\n",
-        "torchao brevitas models workflow_traps foreign_networks",
+        "read_only",
     ),
     Fault(
         "schemes/weight_property.py",
         "            del self.is_loading_latent\n",
         "            pass\n",
-        "torchao brevitas workflow_traps models",
+        "read_only",
     ),
     Fault(
         "schemes/weight_property.py",
@@ -69,13 +69,13 @@ FAULTS = [
         "            structure = None\n",
         "torchao",
     ),
-    Fault("schemes/torchao.py", "if not (scale is None or isinstance(scale, GlobalScale)):", "if False:", "torchao"),
+    Fault("schemes/torchao.py", "if not (scale is None or isinstance(scale, GlobalScale)):", "if False:", "read_only"),
     Fault("schemes/torchao.py", '        self._modules.pop("pibinn_scale", None)', "        pass", "torchao"),
     Fault(
         "schemes/torchao.py",
         'place.parameter_name != "weight" or not isinstance(place.module, nn.Linear',
         "not isinstance(place.module, nn.Linear",
-        "targets torchao",
+        "given_and_ignored",
     ),
     Fault(
         "schemes/torchao.py",
@@ -188,7 +188,7 @@ FAULTS = [
         "brevitas workflow packed_layers models",
     ),
     Fault(
-        "schemes/brevitas.py", 'place.parameter_name != "weight" or not is_layer', "not is_layer", "targets brevitas"
+        "schemes/brevitas.py", 'place.parameter_name != "weight" or not is_layer', "not is_layer", "given_and_ignored"
     ),
     Fault(
         "schemes/brevitas.py",

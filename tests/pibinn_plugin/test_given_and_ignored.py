@@ -157,3 +157,15 @@ def test_a_mask_of_a_matrix_with_rounding_says_so():
         warnings.simplefilter("error")
         for pattern in (torch.eye(4), torch.tensor([[1e-5, 1.0]]), matrix.abs() > 0.1, torch.tensor([[1, 10**9]])):
             Mask(pattern)
+
+
+@pytest.mark.parametrize("scheme", ["torchao", "brevitas"])
+@pytest.mark.parametrize("name", ["0.bias", "1.weight"])
+def test_a_scheme_of_weights_of_layers_refuses_every_other_parameter(name, scheme):
+    """It would quantize the weight in the place of the bias."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TargetError, match=r"use scheme=\"native\" for anything else"):
+        prepare(model, {name: None}, scheme)
+    assert model.state_dict().keys() == before.keys()
+    assert prepare(model, {name: None}, "native").get_submodule(name[0]) is model[int(name[0])]
