@@ -82,7 +82,7 @@ class PIBiNNTensorQuant(nn.Module):
         self.sign_quantizer = _SignQuantizer(scaling_impl, structure, shape, dense_shape is not None, weight.device)
         scaling_impl.register_in(self, "scaling_impl")
         scaling_impl.register_load_state_dict_pre_hook(_forgive_missing_scale)
-        has_zeros = dense_shape is None and structure.nnz(shape) < weight.numel()
+        has_zeros = structure.nnz(shape) < weight.numel()  # a weight in compact form has none
         self.bit_width = BitWidthConst(2 if has_zeros else 1)
         self.zero_point = StatelessBuffer(torch.tensor(0.0))
 

@@ -136,13 +136,7 @@ FAULTS = [
     Fault("schemes/brevitas.py", "if not isinstance(scaling_impl, GlobalScale):", "if False:", "brevitas"),
     Fault(
         "schemes/brevitas.py",
-        "has_zeros = dense_shape is None and structure.nnz(shape) < weight.numel()",
         "has_zeros = structure.nnz(shape) < weight.numel()",
-        "brevitas",
-    ),
-    Fault(
-        "schemes/brevitas.py",
-        "has_zeros = dense_shape is None and structure.nnz(shape) < weight.numel()",
         "has_zeros = True",
         "brevitas",
     ),

@@ -102,3 +102,14 @@ def test_a_state_dict_with_a_scale_that_is_not_finite_is_refused(value, scheme):
     state[key] = torch.tensor([value])
     with pytest.raises(ScaleError, match="finite"):
         model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("scheme", ["native", "torchao", "brevitas"])
+def test_a_state_dict_without_a_structure_is_refused(scheme):
+    """Whatever it was trained with: a missing structure is no consent."""
+    model = prepared(scheme)
+    state = model.state_dict()
+    key = structure_key(state)
+    del state[key]
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{key}"):
+        model.load_state_dict(state)

@@ -53,3 +53,15 @@ def test_packing_twice_changes_nothing():
 def test_packing_what_is_in_training_or_compact_is_refused(layer):
     with pytest.raises(PIBiNNError, match=r"is packed by pb\.convert"):
         quantize_(nn.Sequential(layer()), PIBiNNWeightOnlyConfig(), filter_fn=lambda module, name: name == "0")
+
+
+def test_a_scale_whose_parameter_is_negative_is_packed_as_it_is_read():
+    """An optimizer may step over 0; λ is the magnitude, and packed tensors share the parameter's memory."""
+    model = prepared()
+    with torch.no_grad():
+        global_scale(model).value.fill_(-0.375)
+    weights = [layer.weight.detach().clone() for layer in model]
+    quantize_(model, QATConfig(PIBiNNWeightOnlyConfig(), step="convert"))
+    for layer, weight in zip(model, weights, strict=True):
+        assert torch.equal(layer.weight.dequantize(), weight)
+        assert weight.abs().unique().tolist() == [0.375]
