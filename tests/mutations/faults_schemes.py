@@ -140,7 +140,7 @@ FAULTS = [
         "has_zeros = True",
         "brevitas",
     ),
-    Fault("schemes/brevitas.py", "        if config.IGNORE_MISSING_KEYS and (key", "        if (key", "brevitas"),
+    Fault("schemes/brevitas.py", "        if config.IGNORE_MISSING_KEYS and (key", "        if (key", "hostile_files"),
     Fault(
         "schemes/brevitas.py",
         "        if self.tensor_quant is None:\n            super().init",

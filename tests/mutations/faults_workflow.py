@@ -8,7 +8,7 @@ FAULTS = [
     ),
     Fault("workflow.py", "initial = 1.0 if on_meta else", "initial =", "workflow workflow_traps"),
     Fault("workflow.py", "        check_scale(scale_value, target.parameter.dtype)\n", "", "workflow targets"),
-    Fault("workflow.py", "            framework.check(target, place)\n", "            pass\n", "targets"),
+    Fault("workflow.py", "            framework.check(target, place)\n", "            pass\n", "given_and_ignored"),
     Fault(
         "workflow.py",
         "    with unchanged_on_error(root):\n        scale = GlobalScale(scale_value",
