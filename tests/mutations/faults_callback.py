@@ -154,7 +154,7 @@ FAULTS = [
         "callback.py",
         "            batches = trainer.max_steps  # a stream may have no end\n",
         "            pass\n",
-        "initialization",
+        "endless_stream",
     ),
     Fault("callback.py", "weight.enable(stage != Stage.WARM_UP)", "weight.enable(True)", "callback"),
     Fault(

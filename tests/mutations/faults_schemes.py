@@ -120,7 +120,7 @@ FAULTS = [
         "False",
         "torchao",
     ),
-    Fault("schemes/torchao.py", "        scale.set(scale().item())  #", "        pass  #", "torchao"),
+    Fault("schemes/torchao.py", "        scale.set(scale().item())  #", "        pass  #", "torchao_twice"),
     Fault(
         "schemes/torchao.py",
         "if not torch.equal(packed.weight(scale().detach(), False, weight.dtype), weight):",
