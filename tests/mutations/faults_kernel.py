@@ -33,7 +33,7 @@ FAULTS = [
         "kernel/native.py",
         "bias, transposed, True)",
         "bias, transposed, False)",
-        "functional kernel_values native_kernel sparse_rows can_run",
+        "functional",
     ),
     Fault(
         "kernel/native.py",

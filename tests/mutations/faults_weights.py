@@ -58,9 +58,7 @@ FAULTS = [
         "hostile_files",
     ),
     Fault("quantizer.py", 'or not 0.0 < rounded < float("inf"):', 'or not rounded < float("inf"):', "quantizer"),
-    Fault(
-        "quantizer.py", "        if self.is_attached:\n", "        if False:\n", "workflow_traps quantizer nn models"
-    ),
+    Fault("quantizer.py", "        if self.is_attached:\n", "        if False:\n", "read_only"),
     Fault(
         "quantizer.py",
         "return self.masked(latent + 0.0 * self.scale().to(latent.dtype))",
@@ -127,7 +125,7 @@ FAULTS = [
         "packed.py",
         "            check_scale(scale().item(), dtype)\n",
         "            pass\n",
-        "packing workflow artifact models",
+        "packed_layers",
     ),
     Fault(
         "packed.py",
