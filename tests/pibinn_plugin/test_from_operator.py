@@ -190,9 +190,10 @@ def test_blocks_and_bands_in_few_bytes():
     assert structure_from_operator(apart) == BlockDiagonal(rows=(20, 2, 0, 31, 1), columns=(30, 0, 3, 9, 0))
 
 
-def test_zeros_before_the_first_block_need_no_order():
+@pytest.mark.parametrize("before", [(3, 0, 2, 0), (1, 0, 1, 0), (0, 0, 1, 0)])
+def test_zeros_before_the_first_block_need_no_order(before):
     blocks = torch.block_diag(torch.ones(30, 20), torch.ones(20, 40), torch.ones(25, 30))
-    matrix = F.pad(blocks, (3, 0, 2, 0))
+    matrix = F.pad(blocks, before)
     structure = structure_from_operator(matrix)
     assert isinstance(structure, BlockDiagonal)
     assert (structure.row_order, structure.column_order) == (None, None)
