@@ -3,7 +3,7 @@
 from fault import Fault
 
 FAULTS = [
-    Fault("structure/base.py", "2**62\n", "2**66\n", "structure_bytes hostile_files"),
+    Fault("structure/base.py", "2**62\n", "2**66\n", "structure"),
     Fault(
         "structure/base.py",
         "_MOST_DIMENSIONS, _MOST_ELEMENTS = 64,",
