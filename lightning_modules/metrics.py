@@ -27,11 +27,16 @@ __all__ = [
 
 
 def _checked(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Refuse unequal shapes; compute half-precision inputs in float32, where neither sums nor spectra overflow."""
+    """Refuse unequal shapes and complex values.
+
+    Half-precision inputs are computed in float32, where neither sums nor spectra overflow.
+    """
     if preds.shape != target.shape:
         raise ValueError(
             f"preds has shape {tuple(preds.shape)} and target has shape {tuple(target.shape)}: they must be equal."
         )
+    if preds.is_complex() or target.is_complex():
+        raise ValueError(f"preds is {preds.dtype} and target is {target.dtype}: both must be real.")
     dtype = torch.promote_types(torch.promote_types(preds.dtype, target.dtype), torch.float32)
     return preds.to(dtype), target.to(dtype)
 

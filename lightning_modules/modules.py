@@ -36,6 +36,10 @@ class SolverModule(pl.LightningModule):
         scale_learning_rate: of λ, as a fraction of its value when training starts.
         loss: of the estimate and x.
 
+    Raises:
+        MisconfigurationException: in training and evaluation, a batch that is no pair of finite tensors, or an estimate
+            of another shape than x.
+
     Example:
         >>> from lightning_modules.metrics import NMSE
         >>> from lightning_modules.operators import SignBlocks
@@ -91,8 +95,8 @@ class SolverModule(pl.LightningModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        y, x = batch
-        loss = self.loss(self(y), x)
+        y, x = _checked(batch)
+        loss = self.loss(self._estimate(y, x), x)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
         return loss
 
@@ -104,9 +108,18 @@ class SolverModule(pl.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(self.test_metrics, batch)
 
+    def _estimate(self, y: Tensor, x: Tensor) -> Tensor:
+        estimate = self(y)
+        if estimate.shape != x.shape:  # a loss would broadcast them
+            raise MisconfigurationException(
+                f"the solver maps y of shape {tuple(y.shape)} to {tuple(estimate.shape)}, but x has shape "
+                f"{tuple(x.shape)}: the data and the solver must agree"
+            )
+        return estimate
+
     def _evaluate(self, metrics: MetricCollection, batch: Batch) -> None:
-        y, x = batch
-        metrics.update(self(y), x)
+        y, x = _checked(batch)
+        metrics.update(self._estimate(y, x), x)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
 
     @override
@@ -134,3 +147,14 @@ class SolverModule(pl.LightningModule):
             scales,
             self.scale_learning_rate * max((float(scale.detach().abs().max()) for scale in scales), default=1.0),
         )
+
+
+def _checked(batch: Batch) -> Batch:
+    """A pair (y, x) of finite tensors: one NaN would spread over all weights, and no error would say so."""
+    is_pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
+    if not is_pair:
+        raise MisconfigurationException(f"a batch is a {type(batch).__name__}; expected a pair (y, x) of tensors")
+    for name, values in zip("yx", batch, strict=True):
+        if not values.isfinite().all():
+            raise MisconfigurationException(f"{name} of a batch holds NaN or infinite values: correct the data")
+    return batch

@@ -21,13 +21,22 @@ def block_pairs(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         y: shape ``(batch, measurements, rows, columns)``, one position for each block.
         x: shape ``(batch, 1, rows · block, columns · block)``.
 
+    Raises:
+        ValueError: other shapes.
+
     Example:
         >>> y, x = block_pairs(torch.zeros(1, 3, 1, 2), torch.arange(8.0).view(1, 1, 2, 4))
         >>> y.shape, x
         (torch.Size([2, 3]), tensor([[0., 1., 4., 5.],
                 [2., 3., 6., 7.]]))
     """
-    blocks = F.pixel_unshuffle(x, x.shape[-1] // y.shape[-1])
+    block = x.shape[-1] // y.shape[-1] if y.dim() == 4 and y.numel() else 0
+    if x.shape != (len(y), 1, *(block * extent for extent in y.shape[2:])) or block < 1:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)} and x {tuple(x.shape)}: they must be (batch, measurements, rows, columns) "
+            f"and (batch, 1, rows · block, columns · block)"
+        )
+    blocks = F.pixel_unshuffle(x, block)
     return y.permute(0, 2, 3, 1).flatten(0, 2), blocks.permute(0, 2, 3, 1).flatten(0, 2)
 
 

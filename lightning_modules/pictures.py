@@ -78,6 +78,8 @@ class _TestPictures(Callback, ABC):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or not self._examples:
             return
+        if len(self._examples) < self.count:
+            print(f"{self.file_name} shows {len(self._examples)} examples, not {self.count}: one of each test batch")
         save_figure(self.figure(self._examples), Path(trainer.default_root_dir) / self.file_name)
 
 
@@ -139,8 +141,8 @@ class SignalPictures(_TestPictures):
 
     def __init__(self, count: int = 3, sampling_rate: float = 256.0) -> None:
         super().__init__(count)
-        if sampling_rate <= 0:
-            raise MisconfigurationException(f"sampling_rate={sampling_rate}: it must be positive")
+        if not 0 < sampling_rate < float("inf"):
+            raise MisconfigurationException(f"sampling_rate={sampling_rate}: it must be positive and finite")
         self.sampling_rate = sampling_rate
 
     @override

@@ -3,6 +3,18 @@
 _LONGEST = 1000  # characters: a file may hold names and shapes of any length
 
 
+def one_line(message: str) -> str:
+    r"""A message in one line, cut in the middle beyond 1000 characters.
+
+    Example:
+        >>> one_line("no such\nfile")
+        'no such file'
+    """
+    line = " ".join(message.splitlines())
+    half = (_LONGEST - 5) // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}"
+
+
 class PIBiNNError(ValueError):
     """Base class: ``except PIBiNNError`` catches everything the plugin refuses.
 
@@ -17,9 +29,7 @@ class PIBiNNError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.splitlines())
-        half = (_LONGEST - 5) // 2
-        super().__init__(line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}")
+        super().__init__(one_line(message))
 
 
 class StructureError(PIBiNNError):

@@ -15,7 +15,7 @@ from pibinn_plugin.kernel import native
 from pibinn_plugin.kernel.native import Layout, kernel
 from pibinn_plugin.packing import unpack_signs
 from pibinn_plugin.structure import BlockDiagonal, Shape, Structure, matrix_shape
-from pibinn_plugin.structure.base import constant
+from pibinn_plugin.structure.base import check_columns, constant
 
 __all__ = ["kernel", "packed_linear", "packed_linear_adjoint", "packed_linear_int8"]
 
@@ -187,8 +187,9 @@ def _in_order(
     product: Callable[[Tensor, Tensor | None], Tensor], input: Tensor, bias: Tensor | None, structure: Structure
 ) -> Tensor:
     """A native product, given the input and the bias, between the orders of columns and rows that blocks may have."""
-    if not isinstance(structure, BlockDiagonal) or structure.row_order is None:
+    if not isinstance(structure, BlockDiagonal) or structure.row_order is None or structure.column_order is None:
         return product(input, bias)
+    check_columns(input, (1, len(structure.column_order)))
     ordered = input.index_select(-1, constant(structure._column_index, "cpu"))  # type: ignore[attr-defined]
     output = product(ordered, None)
     output = output.index_select(-1, constant(structure._row_index, "cpu"))  # type: ignore[attr-defined]

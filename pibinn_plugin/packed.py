@@ -99,7 +99,7 @@ class _MultipliesBits(nn.Module):
     @override
     def forward(self, input: Tensor) -> Tensor:
         chain = self._plain_chain()
-        if chain is None:
+        if chain is None or input.is_nested:  # which no product with λ takes
             return super().forward(input)
         bias: Any = self.bias
         if self.int8_activations:
@@ -133,7 +133,7 @@ class _MultipliesBits(nn.Module):
         """The parametrization of the weight, where it is its packed signs and nothing else."""
         # Dictionaries, not attributes: nn.Module looks those up in Python, longer than a small product takes.
         parametrizations = self._modules.get("parametrizations")
-        if parametrizations is None or len(parametrizations._modules) != 1:
+        if parametrizations is None:
             return None
         chain = parametrizations._modules.get("weight")
         return chain if chain is not None and len(chain._modules) == 1 else None

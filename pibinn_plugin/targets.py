@@ -74,12 +74,18 @@ def resolve_targets(model: nn.Module, targets: Targets) -> list[Target]:
         >>> [target.name for target in resolve_targets(model, {"*.weight": None})]
         ['0.weight', '2.weight']
     """
+    if targets and not isinstance(targets, Mapping):
+        raise TargetError(
+            f"targets are a {type(targets).__name__}; expected a dict from parameter-name pattern to structure"
+        )
     if not targets:
         raise TargetError("no targets: give at least one parameter-name pattern, such as {'*.weight': None}")
     places = parameter_places(model)
     matched: dict[int, str] = {}
     resolved, vectors = [], []
     for pattern, structure in targets.items():
+        if not isinstance(pattern, str):
+            raise TargetError(f"{pattern!r} is no parameter-name pattern; expected text, such as '*.weight'")
         found = [key for key, held in places.items() if any(_matches(place.name, pattern) for place in held)]
         if not found:
             raise TargetError(f"the pattern {pattern!r} matches no parameter; {_describe_parameters(places)}")
@@ -92,7 +98,7 @@ def resolve_targets(model: nn.Module, targets: Targets) -> list[Target]:
                 )
             matched[key] = pattern
             is_named = any(place.name == pattern for place in target.places)
-            if structure is None and not is_named and _is_no_matrix(target):
+            if not is_named and isinstance(target.structure, Dense) and _is_no_matrix(target):
                 vectors.append(target)
             resolved.append(target)
     if vectors:

@@ -132,8 +132,8 @@ def convert(model: nn.Module, args: Sequence[Tensor] | None = None) -> nn.Module
 
     Raises:
         PIBiNNError: the model is not prepared, its quantizers are not enabled (float warm-up), it is sharded, or a part
-            of it cannot be copied, such as a function that holds the original; or the outputs for ``args`` differ
-            beyond rounding.
+            of it cannot be copied, such as a function that holds the original; or ``args`` is one tensor, or the
+            outputs for them differ beyond rounding.
         ScaleError: λ is not finite, or the weights have several.
         StructureError: a latent is NaN or infinite.
 
@@ -144,6 +144,8 @@ def convert(model: nn.Module, args: Sequence[Tensor] | None = None) -> nn.Module
     """
     root = uncompiled(model)
     check_convertible(root)
+    if isinstance(args, Tensor):
+        raise PIBiNNError("args are the inputs of the network: expected a tuple of tensors, such as (y,)")
     packed_model = copy_of(root)
     copies = quantized_weights(packed_model)
     scale: GlobalScale = copies[0].rule.scale

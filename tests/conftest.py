@@ -1,3 +1,3 @@
-"""What pytest leaves alone: what needs packages that the environment does not have."""
+"""What pytest leaves alone: what is run by hand."""
 
-collect_ignore = ["emulation", "fuzz"]
+collect_ignore = ["emulation", "fuzz", "mutations"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_modules.data.bsds500 import BSDS500
 from lightning_modules.data.eegdenoisenet import EEGDenoiseNet
+from lightning_modules.data.epoch_split import groups_of
 from lightning_modules.data.files import read_index
 from lightning_modules.data.sparse_recovery import SparseRecovery
 
@@ -94,8 +95,9 @@ def held_out_groups(data: pl.LightningDataModule) -> tuple[Tensor, str]:
     if isinstance(data, EEGDenoiseNet):
         path = data.data_dir / "EEG_index.csv"
         rows = len(data.train_set.clean) + len(data.val_set.clean) + len(data.test_set.clean)
-        if (index := read_index(path, rows)) is not None and "subject" in index[0]:
-            subjects = [row["subject"] for row in index if row["split"] == "test"]
+        if (index := read_index(path, rows)) is not None:
+            groups = zip(index, groups_of(path, index, "EEG"), strict=True)
+            subjects = [subject for row, subject in groups if row["split"] == "test"]
             numbers = {subject: number for number, subject in enumerate(dict.fromkeys(subjects))}
             of_epoch = torch.tensor([numbers[subject] for subject in subjects])
             return of_epoch[data.test_set.pairing.clean], "subjects (the artifacts taken as given)"

@@ -63,8 +63,14 @@ def read_sign_history(path: Path | str) -> SignHistory:
         raise PIBiNNError(f"{path} has no row with {', '.join(columns)}: was TwoStageQAT in that run?")
     try:
         numbers = [[float(value or "") for value in row] for row in rows]
-        stages = tuple(_STAGES[int(row[3])] for row in numbers)
+        stages = tuple(_STAGES[_index(row[3])] for row in numbers)
     except (ValueError, IndexError) as error:
         raise PIBiNNError(f"{path} is no log of TwoStageQAT: {error}") from error
     epochs, flipped, scale, _ = zip(*numbers, strict=True)
     return SignHistory(tuple(map(int, epochs)), flipped, scale, stages)
+
+
+def _index(stage: float) -> int:
+    if stage not in range(len(_STAGES)):
+        raise ValueError(f"stage {stage}: expected one of 0 to {len(_STAGES) - 1}")
+    return int(stage)

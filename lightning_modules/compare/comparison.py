@@ -82,11 +82,14 @@ def compare(
         What `lightning_modules.compare.table` and `lightning_modules.compare.plot` show.
 
     Raises:
-        MisconfigurationException: no rows, seeds or learning rates, a config without metrics or without qat, or what
-            the classes it names refuse.
+        MisconfigurationException: no rows, seeds or learning rates, or one of them twice, a config without metrics
+            or without qat, or what the classes it names refuse.
     """
     if not (rows and seeds and learning_rates):
         raise MisconfigurationException("a comparison has at least one row, one seed and one learning rate")
+    for what, values in (("rows", [row.name for row in rows]), ("seeds", seeds), ("learning rates", learning_rates)):
+        if twice := sorted({str(value) for value in values if list(values).count(value) > 1}):
+            raise MisconfigurationException(f"the {what} {', '.join(twice)} are given more than once")
     Path(folder).mkdir(parents=True, exist_ok=True)
     texts, row = _config_texts(options), Row("global", "global")
     first = Run(tuple(options), texts, row, seeds[0], learning_rates[0], seeded=tuple(seeded))

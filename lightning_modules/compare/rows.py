@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.compare.callback import BASELINES, SOLUTIONS
+from lightning_modules.yaml_files import load_yaml
 
 __all__ = ["QUANTIZERS", "Row", "read_rows"]
 
@@ -80,7 +80,8 @@ def read_rows(names: Sequence[str]) -> tuple[Row, ...]:
         names: such as ``["fp32", "global"]`` or ``["rows.yaml"]``; none for every quantizer.
 
     Raises:
-        MisconfigurationException: an unknown quantizer or start, or a file that does not map rows to their fields.
+        MisconfigurationException: an unknown quantizer or start, or a file that does not map rows to their fields or
+            has a key twice.
         FileNotFoundError: no such file.
 
     Example:
@@ -89,7 +90,7 @@ def read_rows(names: Sequence[str]) -> tuple[Row, ...]:
     """
     if len(names) != 1 or not names[0].endswith((".yaml", ".yml")):
         return tuple(Row(name, name) for name in dict.fromkeys(names or QUANTIZERS))
-    content = yaml.safe_load(Path(names[0]).read_text())
+    content = load_yaml(Path(names[0]))
     try:
         return tuple(_row(name, **(fields or {})) for name, fields in content.items())
     except (TypeError, AttributeError) as error:

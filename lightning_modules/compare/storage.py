@@ -171,7 +171,10 @@ def stored_size(path: str | Path) -> StoredSize:
         FileNotFoundError: there is no such file.
     """
     header, tensors = _read(path)
-    weights = {layer[0] for layer in header["layers"]}
+    try:
+        weights = {name for name, *_ in header["layers"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is not a packed file: {error!r}") from error
     of_weights = (value for key, value in tensors.items() if key in weights or key.startswith(("baseline.", "pibinn.")))
     return StoredSize(Path(path).stat().st_size, 8 * sum(value.numel() * value.element_size() for value in of_weights))
 
@@ -184,7 +187,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
         return json.loads(metadata.get("baseline") or metadata["pibinn"]), tensors
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a packed file: {error!r}") from error
 
 

@@ -165,6 +165,11 @@ class BSDS500(pl.LightningDataModule):
                 f"batch_size is {batch_size}, train_patches {train_patches}, calibration_patches "
                 f"{calibration_patches}: they must be at least 1."
             )
+        if calibration_patches is not None and calibration_patches > train_patches:
+            raise ValueError(
+                f"calibration_patches is {calibration_patches}: it must be at most train_patches, {train_patches}, the "
+                f"length of an epoch, or some would never be seen."
+            )
         if patch_size < 1 or patch_size % self.block_size:
             raise ValueError(
                 f"patch_size is {patch_size}: it must be a positive multiple of the operator's block size, "
@@ -198,7 +203,8 @@ class BSDS500(pl.LightningDataModule):
         self.test_set = MeasuredImages(test, self, TEST_SEED)
         rank_zero_info(
             f"{self.data_dir}: {len(train)} images for training, {len(others)} for validation, {len(test)} (BSD68) for "
-            f"test; {len(left_out)} other files{''.join(f', {path}' for path in left_out[:5])}."
+            f"test; {len(left_out)} other files{''.join(f', {path}' for path in left_out[:5])}. Noise: "
+            f"{self.noise_level:g} of {GREY_LEVELS} grey levels."
         )
 
     def _paths(self) -> tuple[dict[str, list[Path]], list[Path]]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lightning_modules.data.files import DataFileError, read_index
 
-__all__ = ["TEST_FRACTION", "Split", "split_rows"]
+__all__ = ["TEST_FRACTION", "Split", "groups_of", "split_rows"]
 
 TEST_FRACTION = 0.1
 # Epochs of one subject or recording are alike: these columns of an index name what must not be torn apart.
@@ -73,7 +73,7 @@ def split_rows(path: Path, rows: int, kind: str, val_fraction: float) -> Split:
         split = Split(np.arange(val), np.arange(val, test), np.arange(test, rows), source)
     else:
         is_test = np.array([row["split"] == "test" for row in index])
-        split = _split_groups(path, _groups(path, index, kind), is_test, val_fraction, GROUP_NAMES[kind])
+        split = _split_groups(path, groups_of(path, index, kind), is_test, val_fraction, GROUP_NAMES[kind])
     for name in ("train", "val", "test"):
         if len(getattr(split, name)) == 0:
             found = f"{rows} epochs of which none is left for {name}"
@@ -82,8 +82,8 @@ def split_rows(path: Path, rows: int, kind: str, val_fraction: float) -> Split:
     return split
 
 
-def _groups(path: Path, index: Sequence[dict[str, str]], kind: str) -> list[Group]:
-    """The subject or recording of each row."""
+def groups_of(path: Path, index: Sequence[dict[str, str]], kind: str) -> list[Group]:
+    """The subject or recording of each row of an index. Raises as `split_rows` does."""
     columns = [column for column in GROUP_COLUMNS[kind] if column in index[0]]
     expected = f"a column {' or '.join(GROUP_COLUMNS[kind])} with an entry for each epoch"
     if not columns:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pibinn_plugin.errors import one_line
+
 __all__ = ["DataFileError", "read_epochs", "read_index"]
 
 # Whatever the unit: the sum of the squares of an epoch must be a float32, neither 0 nor infinite.
@@ -33,7 +35,7 @@ class DataFileError(ValueError):
     """
 
     def __init__(self, path: Path, found: str, expected: str, remedy: str) -> None:
-        super().__init__(f"{path}: found {found}; expected {expected}. {remedy}")
+        super().__init__(one_line(f"{path}: found {found}; expected {expected}. {remedy}"))
         self.path = path
 
 

@@ -13,6 +13,7 @@ from lightning_modules.data.files import DataFileError
 __all__ = ["image_paths", "read_grey_image"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+FORMATS = ("JPEG", "MPO", "PNG")  # MPO: a JPEG with a preview behind it, of many cameras
 
 
 def image_paths(folder: str | Path) -> tuple[list[Path], list[Path]]:
@@ -87,7 +88,7 @@ def read_grey_image(path: str | Path) -> Tensor:
         Shape (height, width), uint8.
 
     Raises:
-        DataFileError: If the file is absent, damaged, or neither grey nor RGB.
+        DataFileError: If the file is absent, damaged, of another format whatever its name, or neither grey nor RGB.
 
     Example:
         >>> from PIL import Image
@@ -104,6 +105,8 @@ def read_grey_image(path: str | Path) -> Tensor:
             of_file = next((str(tile[3]) for tile in image.tile if ";16" in str(tile[3])), image.mode)
             if of_file not in ("L", "RGB"):
                 raise DataFileError(path, f"mode {of_file}", expected, "Convert the image to grey or RGB of 8 bits.")
+            if image.format not in FORMATS:
+                raise DataFileError(path, f"an image of format {image.format}", expected, "Convert the image.")
             return torch.from_numpy(np.array(image.convert("L")))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         found = "no such file" if not path.is_file() else f"a file that cannot be read ({error})"

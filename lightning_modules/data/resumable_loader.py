@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 __all__ = ["EpochSampler", "ResumableLoader", "whole_batch"]
@@ -58,6 +59,10 @@ class ResumableLoader(DataLoader[Any]):
         batch_size: Examples a batch; a last incomplete batch is left out.
         sampler: The order.
 
+    Raises:
+        MisconfigurationException: When it is read, after a position within an epoch of another number of examples, or
+            of batches of another size, was loaded.
+
     Example:
         >>> class Squares(Dataset):
         ...     def __getitems__(self, indices):
@@ -81,13 +86,18 @@ class ResumableLoader(DataLoader[Any]):
             # A loader draws a seed for its workers: not from the global random state.
             generator=torch.Generator(),
         )
-        self._position = {"epoch": -1, "batches": 0}
+        self._position = self._start_of(-1)
         self._resume = False
+
+    def _start_of(self, epoch: int) -> dict[str, int]:
+        examples = (self.batch_size or 1) * self.sampler.num_replicas
+        return {"epoch": epoch, "batches": 0, "examples_a_step": examples, "examples_an_epoch": self.sampler.length}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: these lines run with the first batch, when Lightning has told the sampler the epoch.
         if not self._resume or self._position["epoch"] != self.sampler.epoch:
-            self._position = {"epoch": self.sampler.epoch, "batches": 0}
+            self._position = self._start_of(self.sampler.epoch)
+        self._refuse_other_batches()
         self._resume = False
         self.sampler.first = self._position["batches"] * (self.batch_size or 1)
         for batch in super().__iter__():
@@ -95,13 +105,24 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch last read and the number of its batches handed out."""
+        """Return the epoch last read, the number of its batches handed out, and how many examples these are."""
         return dict(self._position)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Begin that epoch, if it is the next to be read, after the batches already handed out."""
         self._position = dict(state_dict)
         self._resume = True
+
+    def _refuse_other_batches(self) -> None:
+        """So many batches of another size are other examples: some would be left out, or seen twice."""
+        expected = self._start_of(self.sampler.epoch)
+        for name in ("examples_a_step", "examples_an_epoch"):
+            if self._position["batches"] and self._position.get(name, expected[name]) != expected[name]:
+                raise MisconfigurationException(
+                    f"the checkpoint was written within an epoch, with {self._position[name]} {name.replace('_', ' ')} "
+                    f"on all ranks together, and now there are {expected[name]}: resume with as many, or from a "
+                    f"checkpoint of the end of an epoch"
+                )
 
 
 def whole_batch(batch: Any) -> Any:

@@ -63,7 +63,8 @@ class SparseRecovery(pl.LightningDataModule):
         training_pairs: how many different training examples there are; new ones in each epoch unless given.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range; or an operator whose measurements have another shape than it says, are not
+            finite, or are zero for the unknowns that are drawn.
 
     Example:
         >>> from lightning_modules.operators import SignBlocks
@@ -105,6 +106,12 @@ class SparseRecovery(pl.LightningDataModule):
         self.batch_size, self.train_examples, self.evaluation_examples = batch_size, train_examples, evaluation_examples
         count = min(CALIBRATION_EXAMPLES, max(64, CALIBRATION_ENTRIES // operator.shape[1]))
         signal = operator.A(self._draw_unknowns(count, torch.Generator().manual_seed(CALIBRATION_SEED)))
+        if signal.shape != (count, operator.shape[0]) or not signal.isfinite().all() or not signal.any():
+            raise ValueError(
+                f"A of {type(operator).__name__} maps {count} unknowns of {operator.shape[1]} entries, of which "
+                f"sparsity={sparsity} are nonzero, to {tuple(signal.shape)}; expected ({count}, {operator.shape[0]}), "
+                f"finite and not zero throughout"
+            )
         self.noise_deviation = float(signal.square().mean().sqrt()) * 10 ** (-snr_db / 20)
 
     def _draw_unknowns(self, count: int, generator: torch.Generator) -> Tensor:

@@ -17,8 +17,8 @@ class BlockOperator(nn.Module):
         blocks: shape ``(blocks, rows, columns)``.
 
     Raises:
-        ValueError: not three dimensions, no real numbers, or an entry that is not finite; by ``A`` and ``A_adjoint``, a
-            wrong size.
+        ValueError: not three dimensions, empty, no real numbers, or an entry that is not finite; by ``A`` and
+            ``A_adjoint``, a wrong size.
 
     Example:
         >>> operator = BlockOperator(torch.ones(2, 1, 3))
@@ -30,10 +30,10 @@ class BlockOperator(nn.Module):
 
     def __init__(self, blocks: Tensor) -> None:
         super().__init__()
-        if blocks.dim() != 3 or not blocks.is_floating_point() or not blocks.isfinite().all():
+        if blocks.dim() != 3 or not blocks.numel() or not blocks.is_floating_point() or not blocks.isfinite().all():
             raise ValueError(
-                f"expected finite blocks (blocks, rows, columns) of real numbers; got {blocks.dtype} of shape "
-                f"{tuple(blocks.shape)}"
+                f"expected finite blocks (blocks, rows, columns), none of these 0, of real numbers; got "
+                f"{blocks.dtype} of shape {tuple(blocks.shape)}"
             )
         self.register_buffer("blocks", blocks, persistent=False)
         self.shape = (blocks.shape[0] * blocks.shape[1], blocks.shape[0] * blocks.shape[2])
@@ -78,12 +78,16 @@ class GaussianBlocks(BlockOperator):
         columns: unknowns of each.
         seed: of the entries.
 
+    Raises:
+        ValueError: a size below 1.
+
     Example:
         >>> GaussianBlocks(blocks=2, rows=4, columns=8).shape
         (8, 16)
     """
 
     def __init__(self, blocks: int = 8, rows: int = 32, columns: int = 64, seed: int = 0) -> None:
+        _check_sizes(blocks, rows, columns)
         entries = torch.randn(blocks, rows, columns, generator=torch.Generator().manual_seed(seed))
         super().__init__(entries / entries.norm(dim=1, keepdim=True))
 
@@ -97,11 +101,20 @@ class SignBlocks(BlockOperator):
         columns: unknowns of each.
         seed: of the entries.
 
+    Raises:
+        ValueError: a size below 1.
+
     Example:
         >>> SignBlocks(blocks=2, rows=4, columns=8).blocks.abs().unique()
         tensor([0.5000])
     """
 
     def __init__(self, blocks: int = 8, rows: int = 32, columns: int = 64, seed: int = 0) -> None:
+        _check_sizes(blocks, rows, columns)
         coins = torch.rand(blocks, rows, columns, generator=torch.Generator().manual_seed(seed))
         super().__init__(torch.where(coins < 0.5, -1.0, 1.0) / rows**0.5)
+
+
+def _check_sizes(blocks: int, rows: int, columns: int) -> None:
+    if min(blocks, rows, columns) < 1:
+        raise ValueError(f"blocks={blocks}, rows={rows}, columns={columns}: expected at least 1 of each")

@@ -25,8 +25,9 @@ class FlattenedPhysics(nn.Module):
         unknown_shape: of one unknown without the batch, such as ``(channels, height, width)``.
 
     Raises:
-        ValueError: no such methods, measurements that are no real tensor of one batch, or an adjoint that gives another
-            shape than that of the unknown; by ``A`` and ``A_adjoint``, a wrong size.
+        ValueError: no such methods, measurements that are no real tensor of one batch, or that are not
+            zero for an unknown that is (an offset, or noise), or an adjoint that gives another shape than that of the
+            unknown; by ``A`` and ``A_adjoint``, a wrong size.
 
     Example:
         >>> class Rows:
@@ -50,6 +51,8 @@ class FlattenedPhysics(nn.Module):
             if not isinstance(measured, Tensor) or measured.is_complex() or measured.shape[:1] != (1,):
                 found = tuple(measured.shape) if isinstance(measured, Tensor) else type(measured).__name__
                 raise ValueError(f"A of one unknown gave {found}; expected a real tensor (1, ...)")
+            if measured.count_nonzero():
+                raise ValueError(f"{type(physics).__name__} is not linear: A of zero is not zero")
             back = physics.A_adjoint(measured)
         if back.shape != unknown.shape:
             raise ValueError(

@@ -81,7 +81,7 @@ class PairStatistics:
         """Add pairs: inputs (pairs, columns) and outputs (pairs, rows).
 
         Raises:
-            PIBiNNError: other shapes, or a NaN or infinite value.
+            PIBiNNError: other shapes, or a complex, NaN or infinite value.
         """
         rows, columns = matrix_shape(self.shape)
         if inputs.shape != (len(inputs), columns) or outputs.shape != (len(inputs), rows):
@@ -90,8 +90,8 @@ class PairStatistics:
                 f"{tuple(inputs.shape)} and outputs {tuple(outputs.shape)}"
             )
         for name, values in (("inputs", inputs), ("outputs", outputs)):
-            if not values.isfinite().all():
-                raise PIBiNNError(f"the {name} of {len(values)} pairs hold NaN or infinite values")
+            if values.is_complex() or not values.isfinite().all():
+                raise PIBiNNError(f"the {name} of {len(values)} pairs hold NaN or infinite values, or complex ones")
         self.pairs += len(inputs)
         for group in self.groups:
             x, y = (

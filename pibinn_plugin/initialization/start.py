@@ -31,6 +31,7 @@ from pibinn_plugin.structure.base import matrix_shape
 from pibinn_plugin.targets import Targets, resolve_targets
 from pibinn_plugin.weights import OneBitWeight, global_scale, quantized_weights
 
+_ROUNDING = 1e-6  # of the energy of an operator
 _PROBES = 256  # unit vectors given to an operator at a time
 
 
@@ -59,6 +60,9 @@ class SignsFromPairs:
         weights: pattern of the names that the weights had before the model was prepared; all weights unless given.
         scale: λ, where it is known; estimated unless given.
 
+    Raises:
+        PIBiNNError: ``max_pairs`` below 1, or inputs and outputs in one place.
+
     Example:
         >>> import pibinn_plugin as pb
         >>> model = pb.prepare(nn.Linear(6, 4, bias=False), {"weight": pb.BlockDiagonal(2)})
@@ -79,6 +83,10 @@ class SignsFromPairs:
     ) -> None:
         if max_pairs is not None and max_pairs < 1:
             raise PIBiNNError(f"max_pairs={max_pairs}: expected at least one pair, or None for all")
+        if inputs == outputs:
+            raise PIBiNNError(
+                f"inputs and outputs are both at {inputs!r} of a batch: every weight would be the identity"
+            )
         self.inputs, self.outputs, self.max_pairs, self.weights = inputs, outputs, max_pairs, weights
         self.scale = scale
 
@@ -171,8 +179,11 @@ def signs_from_operator(operator: Any, structure: Structure, shape: Shape, adjoi
         adjoint: whether the weight stands for Aᵀ.
 
     Raises:
-        StructureError: an operator or a structure of another shape.
+        StructureError: an operator or a structure of another shape, or a complex operator.
         ScaleError: an operator that is zero or not finite inside the structure.
+
+    Warns:
+        UserWarning: the operator has entries outside of the structure that are more than rounding.
 
     Example:
         >>> from pibinn_plugin.structure import Dense
@@ -184,13 +195,23 @@ def signs_from_operator(operator: Any, structure: Structure, shape: Shape, adjoi
     apply = _linear_map(operator, adjoint, rows, columns)
     positions = structure.positions(shape)
     row_of, column_of = positions // columns, positions % columns
-    values = torch.empty(len(positions))
+    values, energy = torch.empty(len(positions)), 0.0
     for first in range(0, columns, _PROBES):
         units = torch.zeros(min(_PROBES, columns - first), columns)
         units.diagonal(first).fill_(1.0)
         images = apply(units).detach().cpu()
+        if images.is_complex():
+            raise StructureError(f"the operator is {images.dtype}, and weights are real")
         here = ((column_of >= first) & (column_of < first + len(units))).nonzero().flatten()
         values[here] = images[column_of[here] - first, row_of[here]].float()
+        energy += float(images.double().square().sum())
+    outside = 1 - float(values.double().square().sum()) / energy if energy > 0 else 0.0
+    if outside > _ROUNDING:
+        warnings.warn(
+            f"{outside:.2%} of the energy of the operator, the sum of its squared entries, lies outside of "
+            f"{structure}, where no weight stands for it; structure_from_operator gives the structure of all of it",
+            stacklevel=2,
+        )
     scale = initial_scale([values])
     latent = one_bit_latent(torch.where(values >= 0, 1.0, -1.0), values, scale)
     return OneBitStart(latent.reshape(structure.compact_shape(shape)), scale)
@@ -259,8 +280,9 @@ def _linear_map(operator: Any, adjoint: bool, rows: int, columns: int) -> Callab
             f"{'its adjoint' if adjoint else 'it'} needs {expected}"
         )
     if isinstance(operator, Tensor):
-        matrix = operator.detach().cpu().float()
-        return lambda units: units @ (matrix if adjoint else matrix.mT)
+        matrix = operator.detach().cpu()
+        matrix = matrix if matrix.is_complex() else matrix.float()
+        return lambda units: units.to(matrix.dtype) @ (matrix if adjoint else matrix.mT)
     name = "A_adjoint" if adjoint else "A"
     if not callable(apply := getattr(operator, name, None)):
         raise StructureError(f"expected a matrix or an object with a method {name}; got {type(operator).__name__}")

@@ -82,7 +82,7 @@ class PIBiNNTensorQuant(nn.Module):
         self.sign_quantizer = _SignQuantizer(scaling_impl, structure, shape, dense_shape is not None, weight.device)
         scaling_impl.register_in(self, "scaling_impl")
         scaling_impl.register_load_state_dict_pre_hook(_forgive_missing_scale)
-        has_zeros = dense_shape is None and structure.nnz(shape) < weight.numel()
+        has_zeros = structure.nnz(shape) < weight.numel()  # a weight in compact form has none
         self.bit_width = BitWidthConst(2 if has_zeros else 1)
         self.zero_point = StatelessBuffer(torch.tensor(0.0))
 
@@ -110,6 +110,7 @@ class PIBiNNWeightQuantProxy(WeightQuantProxyFromInjector):
     """
 
     def __init__(self, quant_layer: nn.Module, quant_injector: Any) -> None:
+        _refuse_unknown(quant_injector)
         super().__init__(quant_layer, quant_injector)
         # Without our handlers Brevitas' exporters, which need onnx, fail halfway and leave the model in export mode.
         if importlib.util.find_spec("onnx") is not None:
@@ -150,6 +151,24 @@ class PIBiNNWeightQuantProxy(WeightQuantProxyFromInjector):
         """The reference quantizer behind this proxy; None once the weight is packed."""
         quantizer = None if self.tensor_quant is None else self.tensor_quant.sign_quantizer
         return quantizer if isinstance(quantizer, SignQuantizer) else None
+
+
+def _refuse_unknown(injector: Any) -> None:
+    """Brevitas takes any argument that begins with ``weight_``, and drops what no part of a quantizer asks for."""
+    known = {*_names(PIBiNNWeightQuant), *_ARGUMENTS}
+    if unknown := sorted(_names(injector) - known):
+        raise PIBiNNError(
+            f"PIBiNNWeightQuant knows no {', '.join(unknown)}; expected scaling_impl and mask (as arguments of a layer "
+            f"weight_scaling_impl and weight_mask)"
+        )
+
+
+# What is given by the user, by `prepare` and by Brevitas itself.
+_ARGUMENTS = ("scaling_impl", "mask", "dense_shape", "proxy_module", "module", "tracked_parameter_list")
+
+
+def _names(injector: Any) -> set[str]:
+    return {name for name in injector.__dependencies__ if not name.startswith("__")}
 
 
 class _ReadsAsW(WeightReadsAsW):

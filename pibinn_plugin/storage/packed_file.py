@@ -212,7 +212,7 @@ def _checked_text(value: Any) -> str:
 
 
 def _checked_size(value: Any) -> int:
-    if type(value) is not int or not 0 < value < 2**40:
+    if type(value) is not int or value < 1:
         raise TypeError(f"{value!r} is not a size")
     return value
 

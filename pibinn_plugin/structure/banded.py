@@ -71,7 +71,7 @@ class Banded(Structure):
         return (rows * columns - above - below,)
 
     @override
-    def linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
+    def _linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
         diagonals = self._diagonals(shape)
         output = input.new_zeros((*input.shape[:-1], shape[0]))
         for (row, column, n), values in zip(diagonals, compact.split([n for _, _, n in diagonals]), strict=True):

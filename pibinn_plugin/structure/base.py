@@ -8,7 +8,7 @@ import operator
 import reprlib
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
@@ -67,6 +67,16 @@ def check_shape(shape: Shape) -> None:
         raise StructureError(f"a weight of shape {short(tuple(shape))} has more than 2^62 elements")
 
 
+def check_columns(input: Tensor, shape: Shape) -> None:
+    """Raise `StructureError` unless a weight of this shape can multiply the input: bands and orders would not look."""
+    columns = matrix_shape(shape)[1]
+    features = input.size(-1) if input.dim() else 0  # of a nested tensor this can be asked, its shape cannot
+    if features != columns:
+        raise StructureError(
+            f"the input has {features} features on its last axis; a weight of shape {tuple(shape)} takes {columns}"
+        )
+
+
 class Structure(ABC):
     """A fixed pattern of structural nonzeros. Subclasses are frozen dataclasses without a ``repr`` of their own."""
 
@@ -97,7 +107,6 @@ class Structure(ABC):
     def positions(self, shape: Shape) -> Tensor:
         """int64, shape ``(nnz,)``: the flat index in the dense weight of each compact element, in compact order."""
 
-    @abstractmethod
     def linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
         """``input @ W.T`` for the weight whose compact form is given.
 
@@ -108,7 +117,16 @@ class Structure(ABC):
 
         Returns:
             shape ``(..., rows)``.
+
+        Raises:
+            StructureError: the input has another number of columns.
         """
+        check_columns(input, shape)
+        return self._linear(input, compact, shape)
+
+    @abstractmethod
+    def _linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
+        """As `linear`, for an input that fits."""
 
     @abstractmethod
     def transposed(self) -> Structure:
@@ -259,7 +277,7 @@ def whole_numbers(values: Any) -> tuple[int, ...]:
     Raises:
         StructureError: not a list of whole numbers, or one beyond the 32 bits of the stored form.
     """
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if isinstance(values, str | Set | Mapping) or not isinstance(values, Iterable):  # the latter two have another order
         raise StructureError(f"expected a list of whole numbers; got {short(values)}")
     return tuple(map(whole_number, values))
 

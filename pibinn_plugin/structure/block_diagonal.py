@@ -154,7 +154,7 @@ class BlockDiagonal(Structure):
         return (sum(r * c for r, c in zip(self.rows, self.columns, strict=True)),)
 
     @override
-    def linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
+    def _linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
         if self.column_order is not None:
             input = input.index_select(-1, constant(self._column_index, input.device))  # type: ignore[attr-defined]
         output = self._ordered_linear(input, compact, shape)

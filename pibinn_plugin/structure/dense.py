@@ -48,7 +48,7 @@ class Dense(Structure):
         return compact.reshape(tuple(shape))
 
     @override
-    def linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
+    def _linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
         return F.linear(input, compact.reshape(matrix_shape(shape)))
 
     @override

@@ -4,6 +4,7 @@
 
 import math
 import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,9 +33,12 @@ class Mask(Structure):
     Args:
         pattern: boolean or number, in the shape of the weight; what is not zero is a structural nonzero.
 
+    Warns:
+        UserWarning: floating-point numbers some of which, beside the largest, are rounding.
+
     Raises:
-        StructureError: a pattern that is no array of numbers, that is empty, without a nonzero or of more than 2³¹
-            elements, or that holds a NaN.
+        StructureError: a pattern that is no array of real and finite numbers, that is empty, without a nonzero or of
+            more than 2³¹ elements.
 
     Example:
         >>> structure = Mask([[1, 0], [1, 1]])
@@ -56,10 +60,12 @@ class Mask(Structure):
             except (TypeError, ValueError, RuntimeError) as error:
                 raise StructureError(f"a mask is an array of numbers; got {short(pattern)}: {short(error)}") from error
             values = values.to_dense() if values.layout != torch.strided else values
-            if values.isnan().any():
+            if values.is_complex() or not values.isfinite().all():
                 raise StructureError(
-                    f"a mask of shape {tuple(values.shape)} holds a NaN, which is neither zero nor not"
+                    f"a mask of shape {tuple(values.shape)} holds a NaN, an infinite or a complex number; expected "
+                    f"True or 1 where a weight may be nonzero, False or 0 elsewhere"
                 )
+            _warn_of_rounding(values)
             self._encode(values.flatten().nonzero().flatten(), tuple(values.shape))
 
     @classmethod
@@ -118,7 +124,7 @@ class Mask(Structure):
             return mask_encoding.decode(self.data, *matrix_shape(self.shape)).positions()
 
     @override
-    def linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
+    def _linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
         return F.linear(input, self.to_dense(compact, matrix_shape(shape)))
 
     @override
@@ -153,6 +159,20 @@ class Mask(Structure):
         mask = cls.__new__(cls)
         mask._keep(shape, data, nnz)
         return mask
+
+
+def _warn_of_rounding(values: Tensor) -> None:
+    """A matrix that an FFT has made, say, is nonzero everywhere."""
+    if not values.is_floating_point() or not values.numel():
+        return
+    magnitude = values.abs()
+    limit = float(magnitude.max()) * 8 * min(torch.finfo(values.dtype).eps, torch.finfo(torch.float32).eps)
+    if count := int(((magnitude > 0) & (magnitude <= limit)).sum()):
+        warnings.warn(
+            f"{count} of the nonzeros of a mask are no larger than rounding, up to {limit:.3g}, and weights will stand "
+            f"for them; structure_from_operator(matrix) gives the structure without them",
+            stacklevel=3,
+        )
 
 
 def _positions_of(mask: Mask) -> Tensor:

@@ -138,7 +138,8 @@ def test_hidden_files_and_files_that_are_no_images_are_left_out_and_said(folder,
     (message,) = {record.getMessage() for record in caplog.records}
     assert message == (
         f"{folder}: 4 images for training, 2 for validation, 68 (BSD68) for test; 4 other files, "
-        f"{folder}/train/._a.jpg, {folder}/train/README.txt, {folder}/val/.hidden, {folder}/val/Thumbs.db."
+        f"{folder}/train/._a.jpg, {folder}/train/README.txt, {folder}/val/.hidden, {folder}/val/Thumbs.db. "
+        f"Noise: 25 of 255 grey levels."
     )
 
 
@@ -173,6 +174,14 @@ def test_more_than_8_bits_a_channel_are_refused(tmp_path, colour_type, channels)
     path = tmp_path / "deep.png"
     path.write_bytes(png_of_16_bits(colour_type, channels))
     with pytest.raises(DataFileError, match=r"deep\.png: found mode .*expected .* 8 bits a channel"):
+        read_grey_image(path)
+
+
+@pytest.mark.parametrize("format", ["BMP", "GIF", "TIFF", "WEBP"])
+def test_other_formats_under_the_name_of_an_image_are_refused(tmp_path, format):
+    path = tmp_path / "image.png"
+    Image.new("RGB" if format == "WEBP" else "L", (4, 4)).save(path, format)
+    with pytest.raises(DataFileError, match=f"(format {format}|mode P)"):
         read_grey_image(path)
 
 

@@ -467,3 +467,18 @@ def test_biases_on_meta_and_in_strides_are_loaded(is_meta, tmp_path):
     loaded = load(path, into=fresh)
     assert not loaded.bias.requires_grad
     torch.testing.assert_close(loaded(x), layer(x))
+
+
+@pytest.mark.parametrize("into", INTO)
+def test_what_was_not_trained_stays_so(into, path):
+    """A frozen head, or a λ that is known."""
+    model = INTO[into]()
+    frozen = ["norm.weight", "last.bias"]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    if "prepared" in into:
+        global_scale(model).value.requires_grad_(False)
+    load(path, into=model)
+    assert all(not model.get_parameter(name).requires_grad for name in frozen)
+    assert model.norm.bias.requires_grad
+    assert global_scale(model).value.requires_grad == ("prepared" not in into)

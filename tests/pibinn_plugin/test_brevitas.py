@@ -347,6 +347,15 @@ def test_a_compact_layer_gives_quant_tensors_when_asked(structure):
     assert output.is_valid
     dense = structure.to_dense(compact.weight, (8, 8))
     torch.testing.assert_close(output.value, F.linear(compact.input_quant(x).value, dense))
+    masked = qnn.QuantLinear(
+        8,
+        8,
+        bias=False,
+        weight_quant=PIBiNNWeightQuant.let(scaling_impl=GlobalScale(0.5), mask=structure),
+        input_quant=Int8ActPerTensorFloat,
+        return_quant_tensor=True,
+    )
+    assert output.bit_width == masked(x).bit_width  # of a product with -1, 0 and 1
 
 
 @pytest.mark.parametrize("scheme", ["torchao", "brevitas"])

@@ -183,21 +183,6 @@ def test_a_file_that_computes_something_else_is_refused(name, format, tmp_path, 
     assert list(tmp_path.iterdir()) == [path] and path.stat().st_size > 1_000
 
 
-def test_only_the_second_batch_shows_it(tmp_path):
-    class DependsOnBatch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.linear(x) * (2.0 if x.shape[0] > 3 else 1.0)
-
-    model = pb.prepare(DependsOnBatch(), {"linear.weight": None})
-    with pytest.raises(pb.ExportError):
-        pb.export(model, tmp_path / "net.onnx", (torch.randn(3, 4),))
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("args", "format", "message"),
     [

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from pibinn_plugin import StructureError
 from pibinn_plugin.structure import (
@@ -187,6 +188,16 @@ def test_blocks_and_bands_in_few_bytes():
     assert structure_from_operator(uneven) == BlockDiagonal(rows=(20, 31), columns=(30, 9))
     apart = torch.block_diag(torch.ones(20, 30), torch.zeros(2, 3), torch.ones(31, 9), torch.zeros(1, 0))
     assert structure_from_operator(apart) == BlockDiagonal(rows=(20, 2, 0, 31, 1), columns=(30, 0, 3, 9, 0))
+
+
+@pytest.mark.parametrize("before", [(3, 0, 2, 0), (1, 0, 1, 0), (0, 0, 1, 0)])
+def test_zeros_before_the_first_block_need_no_order(before):
+    blocks = torch.block_diag(torch.ones(30, 20), torch.ones(20, 40), torch.ones(25, 30))
+    matrix = F.pad(blocks, before)
+    structure = structure_from_operator(matrix)
+    assert isinstance(structure, BlockDiagonal)
+    assert (structure.row_order, structure.column_order) == (None, None)
+    assert torch.equal(structure.mask(matrix.shape), matrix != 0)
 
 
 def test_permuted_blocks_where_they_take_fewer_bytes_than_a_mask():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pibinn_plugin.functional import packed_linear
+from pibinn_plugin.functional import packed_linear, packed_linear_adjoint
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask
 
@@ -117,3 +117,18 @@ def test_exports_and_still_runs_eagerly(structure, shape):
 def test_compiles_with_the_default_backend():
     module, input = Packed(BlockDiagonal(2), (4, 6)), torch.randn(3, 6)
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(input), module(input))
+
+
+@pytest.mark.parametrize("structure", [Dense(), BlockDiagonal(2), Banded(1, 1), Mask(torch.eye(4))])
+@pytest.mark.parametrize("value", [-0.5, 0.0, -1e-40])
+def test_the_scale_is_taken_as_it_is(structure, value):
+    """What makes it positive is `GlobalScale`, and no product."""
+    packed, x = PackedSigns.pack(torch.randn(4, 4), structure, (4, 4)), torch.randn(3, 4)
+    scale = torch.tensor([value])
+    weight = packed.weight(scale, False, torch.float32)
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient):
+            y = packed_linear(x, packed.bits, scale.clone().requires_grad_(gradient), structure, (4, 4))
+            back = packed_linear_adjoint(x, packed.bits, scale, structure, (4, 4))
+        torch.testing.assert_close(y, x @ weight.mT)
+        torch.testing.assert_close(back, x @ weight)

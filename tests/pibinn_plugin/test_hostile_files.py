@@ -58,6 +58,14 @@ def structure_key(state):
     return next(key for key in state if key.endswith("_extra_state"))
 
 
+BLOCKS = BlockDiagonal(2).to_bytes()
+
+
+def state_of(kind, length, bits=4):
+    """What a quantizer writes: a kind, the length of the structure, the structure, and signs."""
+    return torch.tensor([kind, *length.to_bytes(4, "little"), *BLOCKS, *bytes(bits)], dtype=torch.uint8)
+
+
 ONE_TILE = stored_mask((8192, 8192), 1, (8192, 8192), bytes([0, 1, 0]))  # 22 bytes for 2^26 elements
 HOSTILE_STATES = {
     "one byte, 2^40 times": torch.ones(1, dtype=torch.uint8).expand(2**40),
@@ -68,6 +76,13 @@ HOSTILE_STATES = {
     "a matrix": torch.ones(2, 2),
     "no tensor": "x" * 10**6,
     "one tile of 2^26": torch.tensor([1, *ONE_TILE], dtype=torch.uint8),
+    "fractions, as of an average": torch.tensor([1, *BlockDiagonal(2).to_bytes()]) + 0.25,
+    "numbers that are no bytes": torch.tensor([1, *BlockDiagonal(2).to_bytes()]) + 256,
+    "an unknown kind of state": state_of(9, len(BLOCKS)),
+    "a structure that ends behind the state": state_of(3, 2**32 - 1),
+    "a structure without bytes": state_of(3, 0),
+    "frozen signs that are too few": state_of(4, len(BLOCKS), bits=3),
+    "frozen signs that are too many": state_of(4, len(BLOCKS), bits=5),
     "neither quantized nor not": torch.tensor([2, *BlockDiagonal(2).to_bytes()], dtype=torch.uint8),
 }
 
@@ -99,4 +114,15 @@ def test_a_state_dict_with_a_scale_that_is_not_finite_is_refused(value, scheme):
     (key,) = (key for key in state if key.endswith("scale.value") or key.endswith("scaling_impl.value"))
     state[key] = torch.tensor([value])
     with pytest.raises(ScaleError, match="finite"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("scheme", ["native", "torchao", "brevitas"])
+def test_a_state_dict_without_a_structure_is_refused(scheme):
+    """Whatever it was trained with: a missing structure is no consent."""
+    model = prepared(scheme)
+    state = model.state_dict()
+    key = structure_key(state)
+    del state[key]
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{key}"):
         model.load_state_dict(state)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.library import opcheck
 
 import pibinn_plugin as pb
+from pibinn_plugin import functional
 from pibinn_plugin.functional import kernel, packed_linear, packed_linear_int8
 from pibinn_plugin.packed import PackedLinear, use_int8_activations
 from pibinn_plugin.packing import PackedSigns
@@ -205,3 +206,22 @@ def test_switch_of_a_model_changes_how_it_runs_and_nothing_else(model, tmp_path)
 def test_a_model_that_cannot_be_switched_is_an_error():
     with pytest.raises(pb.PIBiNNError, match="no PackedLinear"):
         use_int8_activations(nn.Linear(3, 4))
+
+
+@pytest.mark.parametrize(("columns", "dtype"), [(132104, torch.float32), (132105, torch.float64)])
+def test_sums_are_made_in_floats_that_hold_them(columns, dtype, monkeypatch):
+    """127 · 132104 is the largest multiple of 127 up to 2²⁴, from where on float32 has no odd numbers."""
+    seen = []
+
+    def noted(input, *arguments):
+        seen.append(input.dtype)
+        return product(input, *arguments)
+
+    product = functional.packed_linear
+    monkeypatch.setattr(functional, "packed_linear", noted)
+    structure = pb.Banded(0, columns - 1)  # one that the native kernel for blocks does not take
+    bits = torch.full((-(-columns // 8),), 255, dtype=torch.uint8)
+    with torch.no_grad():
+        output = functional.packed_linear_int8(torch.ones(1, columns), bits, torch.ones(1), structure, (1, columns))
+    assert seen == [dtype]
+    assert output.item() == pytest.approx(columns, rel=1e-6)

@@ -166,10 +166,24 @@ def test_wrong_tensors_for_an_index_are_errors(overload):
         (x, bits, SCALE, index, [-2, 3]),
         (x, bits, SCALE, index, [2, -3]),
         (x, bits, SCALE, index, [2**62, 3]),
+        (x, bits, SCALE, index, [2**40, 3]),
+        (x, bits, SCALE, torch.cat([index, index[:1]]), [2, 3]),
+        (x, bits, SCALE, torch.cat([torch.ones(1, dtype=torch.int32), index[1:]]), [2, 3]),
         (x, bits, SCALE, index, [2, 3], torch.ones(3)),
     ):
         with pytest.raises(RuntimeError, match="pibinn: "):
             operator(*arguments)
+
+
+def test_sums_of_int8_that_do_not_fit_32_bits_are_errors():
+    """127 · 2²⁴ is a little less than 2³¹; one column fewer is the most that is taken."""
+    columns = 2**24
+    x, bits, ones = torch.ones(1, columns), torch.full((columns // 8,), 255, dtype=torch.uint8), torch.ones(1, 1)
+    operator = torch.ops.pibinn.packed_linear_int8
+    with pytest.raises(RuntimeError, match="fewer than 16777216 columns"):
+        operator(x, bits, SCALE, ones / 127, 1, columns)
+    few = columns - 1
+    assert operator(x[:, :few], bits, SCALE, ones / 127, 1, few).item() == pytest.approx(few, rel=1e-6)
 
 
 INDEX = [0, 2, 2, 5, 1, 3, 0, 2, 3]  # of 3 rows of 4 columns; its bits may be in another order

@@ -121,6 +121,29 @@ def test_scale_is_positive_whatever_an_optimizer_does_to_it(dtype):
         assert scale().item() > 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_is_the_magnitude_of_its_parameter_down_to_the_smallest_number(dtype):
+    scale, smallest = GlobalScale(0.5, dtype=dtype), torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for value, expected in ((-0.25, 0.25), (smallest, smallest), (-3 * smallest, 3 * smallest), (0.0, smallest)):
+        with torch.no_grad():
+            scale.value.fill_(value)
+        assert scale().item() == expected > 0
+    scale.set(smallest)
+    assert scale().item() == smallest
+    with pytest.raises(ScaleError, match=r"rounds to 0\.0|got 0\.0"):
+        scale.set(smallest / 4)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e-20, torch.float16), (1e6, torch.float16), (1e-60, torch.float32)])
+def test_a_cast_that_would_make_the_scale_zero_or_infinite_is_refused(value, dtype):
+    scale = GlobalScale(value, dtype=torch.float64)
+    with pytest.raises(ScaleError, match="which rounds to"):
+        scale.to(dtype)
+    assert scale.value.dtype == torch.float64
+    assert scale().item() == value
+    assert scale.to(torch.float64)().item() == value
+
+
 def test_trap_scale_has_one_dimension_for_fsdp():
     """FSDP2 refuses parameters without a dimension."""
     assert GlobalScale(0.5).value.shape == GlobalScale(0.5)().shape == (1,)

@@ -55,6 +55,22 @@ def test_index_is_that_of_the_positions(weight):
     assert (np.diff(positions[order]) > 0).all()
 
 
+class AskedForPositionsError(Exception):
+    pass
+
+
+def test_what_32_bits_cannot_count_has_no_index_and_nothing_is_made_for_it(monkeypatch):
+    def positions(structure, shape):
+        raise AskedForPositionsError
+
+    monkeypatch.setattr(pb.Banded, "positions", positions)
+    for shape in ((2**31 - 1, 4), (4, 2**31 - 1)):
+        with pytest.raises(AskedForPositionsError):
+            sparse_rows(pb.Banded(0, 0), shape)
+    for shape, upper in (((2**31, 4), 0), ((4, 2**31), 0), ((2**16, 2**16), 2**16 - 1)):
+        assert sparse_rows(pb.Banded(0, upper), shape) is None
+
+
 @given(
     weights(),
     st.sampled_from([(), (0,), (1,), (3,), (2, 4), (33,)]),

@@ -124,6 +124,38 @@ def test_linear_is_the_dense_product(case, batch):
     assert torch.equal(in_half.double(), integers)
 
 
+@pytest.mark.parametrize("blocks", [{"blocks": 1}, {"rows": (1, 2), "columns": (3, 1)}])
+def test_orders_say_where_rows_and_columns_go(blocks):
+    """Permutations that are not their own inverse."""
+    structure = BlockDiagonal(**blocks, row_order=(1, 2, 0), column_order=(2, 0, 3, 1))
+    weight = torch.randn(3, 4) * structure.mask((3, 4))
+    input = torch.randn(5, 4)
+    torch.testing.assert_close(structure.linear(input, structure.to_compact(weight), (3, 4)), input @ weight.T)
+
+
+@st.composite
+def sparse_patterns(draw):
+    """Few nonzeros in a matrix for which sparse rows, or those of tiles, are the cheapest."""
+    rows, columns = draw(st.tuples(st.integers(40, 90), st.integers(40, 90)))
+    lines = draw(st.lists(st.lists(st.integers(0, 7), max_size=3), min_size=1, max_size=6).filter(any))
+    pattern = torch.zeros(rows, columns, dtype=torch.bool)
+    for row, places in enumerate(lines):
+        pattern[row, places] = True
+    height, width = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 3), (3, 2)]))
+    return pattern.repeat_interleave(height, 0).repeat_interleave(width, 1)
+
+
+@given(sparse_patterns())
+def test_sparse_masks_are_read_back_and_transposed(pattern):
+    structure, shape = Mask(pattern), tuple(pattern.shape)
+    assert structure.encoding != "bitmap"
+    for again in (structure, Structure.from_bytes(structure.to_bytes()), structure.transposed().transposed()):
+        assert again == structure
+        assert torch.equal(again.positions(shape), pattern.flatten().nonzero().flatten())
+    assert torch.equal(structure.transposed().mask(shape[::-1]), pattern.T)
+    assert structure.transposed() == Mask(pattern.T)
+
+
 @given(matrices)
 def test_linear_of_the_transposed_structure_is_the_adjoint(case):
     structure, shape = case
@@ -262,6 +294,7 @@ def test_convolution_weights_are_matrices_of_rows():
         (lambda: BlockDiagonal(3, rows=(1, 2), columns=(1, 2)), "describe 2 blocks"),
         (lambda: BlockDiagonal(2, row_order=(0, 0), column_order=(0, 1)), "once"),
         (lambda: Banded(-1, 0), "negative"),
+        (lambda: Banded(0, -1), "negative"),
         (lambda: Banded(0.5, 0), "whole number"),
         (lambda: BlockDiagonal(True), "whole number"),
         (lambda: BlockDiagonal(2**32), "at most 4294967295; got 4294967296"),
@@ -278,7 +311,11 @@ def test_convolution_weights_are_matrices_of_rows():
         (lambda: BlockDiagonal(2).check((4,)), "do not fit"),
         (lambda: BlockDiagonal(rows=(1, 2), columns=(1, 2)).check((4, 3)), "do not fit"),
         (lambda: BlockDiagonal(2, row_order=(1, 0), column_order=(1, 0)).check((4, 2)), "does not fit"),
-        (lambda: Banded(3, 0).check((3, 3)), "lower < rows"),
+        (lambda: Banded(3, 0).check((3, 4)), "lower < rows"),
+        (lambda: Banded(0, 3).check((4, 3)), "upper < columns"),
+        (lambda: Mask(torch.ones(4, 18)).check((4, 2, 3, 3)), "does not fit"),  # of as many elements
+        (lambda: Dense().check((2**31, 2**31, 2)), "more than 2.62 elements"),
+        (lambda: Dense().check((2**20000, 2)), "more than 2.62 elements"),
         (lambda: Banded(0, 0).check((3, 3, 3)), "matrix"),
         (lambda: Mask(torch.eye(3)).check((3, 4)), r"\(3, 3\)"),
         (lambda: Dense().check((0, 3)), "empty"),

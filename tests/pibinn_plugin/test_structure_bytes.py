@@ -119,6 +119,7 @@ def test_one_tile_of_a_mask_is_the_dense_mask():
         (stored_mask((3, 3), 1, (1, 1), [0, 2, 2, 2, 1, 1]), "do not ascend"),  # the same twice
         (stored_mask((3, 3), 1, (1, 1), [0, 2, 2, 2, 1, 0]), "do not ascend"),
         (stored_mask((3, 3), 1, (2, 1), [0, 1, 0]), "tiles of 2 x 1"),
+        (stored_mask((3, 3), 1, (1, 2), [0, 1, 1, 1, 0]), "tiles of 1 x 2"),
         (stored_mask((3, 3), 1, (0, 1), [0, 1, 0]), "tiles of 0 x 1"),
         (stored_mask((3, 3), 1, (1, 0), [0, 1, 0]), "tiles of 1 x 0"),
         (stored_mask((0, 3), 0, (1, 1), []), "empty"),

@@ -101,3 +101,12 @@ def test_model_without_one_bit_weights_is_refused():
 def test_printed_table():
     """The numbers are those that `test_each_number_by_hand` counts; here it is their place and their legend."""
     assert str(summary(prepare(network(), TARGETS))) == TABLE.rstrip("\n")
+
+
+def test_a_model_without_values_is_counted_like_one_with_them():
+    """On the meta device λ has no value to look at; four bytes is what it takes in float32."""
+    with torch.device("meta"):
+        empty = prepare(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), {"*.weight": BlockDiagonal(2)})
+    real = prepare(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), {"*.weight": BlockDiagonal(2)})
+    assert summary(empty) == summary(real)
+    assert summary(empty).scale_bytes == 4

@@ -1,0 +1,98 @@
+"""Faults of the native kernel: what calls it, and what it checks."""
+
+from fault import Fault
+
+FAULTS = [
+    Fault("kernel/native.py", "        and torch.autograd.forward_ad._current_level < 0\n", "", "can_run"),
+    Fault("kernel/native.py", "        and not input.is_nested\n", "", "can_run"),
+    Fault("kernel/native.py", "        and scale.is_cpu\n", "", "can_run"),
+    Fault("kernel/native.py", "        and bits.is_cpu\n", "", "can_run"),
+    Fault("kernel/native.py", "        and input.is_cpu\n", "", "can_run"),
+    Fault("kernel/native.py", "bias.dtype is input.dtype and ", "", "can_run"),
+    Fault("kernel/native.py", "        and scale.dtype in DTYPES\n", "", "can_run"),
+    Fault("kernel/native.py", "        and type(bits) in _KINDS\n", "", "can_run"),
+    Fault("kernel/native.py", "        and input.layout is torch.strided\n", "", "can_run"),
+    Fault(
+        "kernel/native.py",
+        "        and not torch.compiler.is_exporting()\n",
+        "",
+        "native_kernel sparse_rows functional",
+    ),
+    Fault("kernel/native.py", "        and torch._C._get_tracing_state() is None\n", "", "can_run"),
+    Fault("kernel/native.py", "        and not torch._C._are_functorch_transforms_active()\n", "", "can_run"),
+    Fault(
+        "kernel/native.py",
+        'not in ("", "torch", "portable", "avx2", "avx512")',
+        'not in ("", "torch", "portable", "avx2", "avx512", "sse")',
+        "native_kernel::test_forced_paths",
+        harmless="the shared object refuses names that it does not know, with the same error",
+    ),
+    Fault("kernel/native.py", "!= _INTERFACE:", "== -1:", "native_kernel"),
+    Fault("kernel/native.py", 'if forced not in ("", "torch"):', "if False:", "native_kernel"),
+    Fault(
+        "kernel/native.py",
+        "bias, transposed, True)",
+        "bias, transposed, False)",
+        "functional",
+    ),
+    Fault(
+        "kernel/native.py",
+        "        output = PRODUCT[kind](input, bits, rows, columns, transposed) * scale.to(input.dtype)\n",
+        "        output = PRODUCT[kind](input, bits, rows, columns, transposed) * scale.detach().to(input.dtype)\n",
+        "native_kernel functional",
+    ),
+    Fault(
+        "kernel/native.py",
+        "ctx.columns, not ctx.transposed)",
+        "ctx.columns, ctx.transposed)",
+        "functional native_kernel",
+    ),
+    Fault(
+        "kernel/native.py",
+        "return structure.rows, structure.columns\n",
+        "return structure.columns, structure.rows\n",
+        "functional",
+    ),
+    Fault(
+        "kernel/native.py",
+        "features = input.shape[-1] // inputs * outputs",
+        "features = input.shape[-1] // outputs * inputs",
+        "native_kernel",
+    ),
+    Fault(
+        "kernel/csrc/ops.cpp",
+        "MOST_INT8_INPUTS = 1 << 24",
+        "MOST_INT8_INPUTS = 1 << 26",
+        "int8_activations kernel_arguments",
+    ),
+    Fault("kernel/csrc/ops.cpp", "given.sizes[0] > shape[0],", "given.sizes[0] > 0,", "kernel_arguments"),
+    Fault("kernel/csrc/ops.cpp", "(rest == nonzeros || rest == 2 * nonzeros)", "rest >= nonzeros", "kernel_arguments"),
+    Fault("kernel/csrc/ops.cpp", "starts[0] == 0 && nonzeros > 0", "nonzeros > 0", "kernel_arguments"),
+    Fault("kernel/csrc/ops.cpp", "  if (Checked) check_index(rows);\n", "", "kernel_arguments"),
+    Fault("kernel/csrc/ops.cpp", "given.sizes[0] == bytes,", "given.sizes[0] >= bytes,", "kernel_arguments"),
+    Fault(
+        "kernel/csrc/ops.cpp",
+        "dtype_of(bias) == dtype && shape.count == 1 && shape.sizes[0] == weight.outputs",
+        "shape.count == 1 && shape.sizes[0] == weight.outputs",
+        "kernel_arguments",
+    ),
+    Fault(
+        "kernel/csrc/ops.cpp",
+        "return absolute ? std::max(std::abs(value), smallest) : value;",
+        "return absolute ? std::max(value, smallest) : value;",
+        "kernel_values kernel_arguments native_kernel",
+    ),
+    Fault(
+        "kernel/csrc/ops.cpp",
+        "0x1p-133f : 0x1p-149f",
+        "0x1p-126f : 0x1p-126f",
+        "kernel_values kernel_arguments native_kernel",
+    ),
+    Fault("kernel/csrc/ops.cpp", "weights / 8 + (weights % 8 != 0)", "weights / 8", "kernel_arguments"),
+    Fault(
+        "kernel/csrc/ops.cpp",
+        "given.is_contiguous() ? weight.inputs : given.strides[0]",
+        "weight.inputs",
+        "kernel_values kernel_arguments native_kernel",
+    ),
+]
