@@ -16,6 +16,7 @@ from typing_extensions import override
 import pibinn_plugin as pb
 from lightning_modules.modules import SolverModule
 from pibinn_plugin.export import FORMATS
+from pibinn_plugin.export.c_compiler import memory_report
 from pibinn_plugin.export.sizes import export_sizes
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class SolverTrainer(pl.Trainer):
         self,
         model: SolverModule,
         datamodule: pl.LightningDataModule,
-        format: Literal["onnx", "qonnx", "qcdq", "pt2", "aoti", "executorch"] = "onnx",
+        format: Literal["onnx", "qonnx", "qcdq", "pt2", "aoti", "executorch", "c"] = "onnx",
         ckpt_path: str | Path = "last",
         output: str | Path | None = None,
     ) -> Path:
@@ -116,8 +117,12 @@ class SolverTrainer(pl.Trainer):
         """
         packed = self._packed_solver(model, ckpt_path)
         path = Path(output or self._exported_file(format))
-        pb.export(packed, path, (_measurements(datamodule),), format)
+        measurements = _measurements(datamodule)
+        # A device takes one measurement at a time, and every array of a C file has its size.
+        pb.export(packed, path, (measurements[:1] if format == "c" else measurements,), format)
         print(f"{format} file: {path} ({path.stat().st_size:,} bytes)")
+        if format == "c":
+            print(memory_report(path))
         return path
 
     def summary(self, model: SolverModule, datamodule: pl.LightningDataModule | None = None) -> pb.Summary:
@@ -134,7 +139,8 @@ class SolverTrainer(pl.Trainer):
             size = self.packed_file.stat().st_size
             header = size - report.total_bytes
             print(f"packed file: {self.packed_file} ({size:,} bytes, of which {header:,} are its header)")
-        formats = [format for format in FORMATS if self._exported_file(format).is_file()]
+        # A C file is source code: its bytes are not those on the device, which ``export`` prints.
+        formats = [format for format in FORMATS if format != "c" and self._exported_file(format).is_file()]
         if formats and datamodule is not None:
             print("\nformat        bytes    float twin    float twin / this    this / stored")
             for entry in export_sizes(model.solver, (_measurements(datamodule),), formats):
