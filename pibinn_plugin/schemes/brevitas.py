@@ -155,12 +155,24 @@ class PIBiNNWeightQuantProxy(WeightQuantProxyFromInjector):
 class _ReadsAsW(WeightReadsAsW):
     """A Brevitas layer whose ``weight`` reads as W."""
 
+    _is_quantizing = False
+
+    def quant_weight(self, *args: Any, **kwargs: Any) -> Any:
+        """W as Brevitas' own quantized tensor, from the latent, which it asks for as ``weight``."""
+        self._is_quantizing = True
+        try:
+            return super().quant_weight(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            del self._is_quantizing
+
     @override
     def weight_of_latent(self, latent: Tensor) -> Tensor:
         proxy: Any = self.weight_quant
         quantizer = getattr(proxy, "sign_quantizer", None)
-        if quantizer is None or proxy.export_mode:  # another quantizer took its place; or a handler quantizes
+        if quantizer is None:  # another quantizer took its place
             return latent
+        if proxy.export_mode:  # a handler quantizes, for the layer and for whoever else reads its weight
+            return latent if self._is_quantizing else self.quant_weight().value
         return quantizer.masked(latent) if proxy.disable_quant else quantizer(latent)
 
 
