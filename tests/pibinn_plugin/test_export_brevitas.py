@@ -38,6 +38,17 @@ from pibinn_plugin.schemes.brevitas import (  # noqa: E402
 )
 
 FORMATS = ("qonnx", "qcdq")
+# Networks with a weight that holds its structural zeros, in one of the layers that qonnx has.
+MASKED = (
+    "bitmap",
+    "sparse_rows",
+    "tiles",
+    "masked_band",
+    "masked_blocks",
+    "empty_block",
+    "convolutions",
+    "masked_ista",
+)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -47,9 +58,12 @@ def test_qonnx_of_weak_latents_is_the_network(name, tmp_path):
     y = torch.randn_like(x)
     torch.testing.assert_close(qonnx_format.runner(path)((y,))[0], model(y), rtol=1e-4, atol=1e-6)
     operators = [node.op_type for node in onnx.load(path).graph.node]
-    assert operators.count("BipolarQuant") == len(packed_weights(pb.convert(model)))
-    if name in ("dense", "blocks", "permuted", "uneven", "uneven_permuted"):
-        assert "Mul" not in operators  # no mask
+    # A weight has one bit, or, with structural zeros in it, two; nothing is computed of it afterwards.
+    quantizers = operators.count("BipolarQuant") + operators.count("Quant")
+    assert quantizers == len(packed_weights(pb.convert(model)))
+    assert ("Quant" in operators) == (name in MASKED)
+    if not name.endswith("ista") and name not in ("hidden_lista", "band"):  # a compact band is multiplied by elements
+        assert "Mul" not in operators
 
 
 def test_a_weight_that_is_read_as_it_is_and_transposed_is_quantized_in_both(tmp_path):
@@ -198,17 +212,17 @@ def test_stock_handlers_are_silently_wrong_and_ours_are_not(export, manager, sto
     assert (wrong - expected).abs().max() > 0.1 * expected.abs().max()
 
 
-class UnmaskedHandler(brevitas_export.QONNXHandler):
+class UnsignedHandler(brevitas_export.QONNXHandler):
     def prepare_for_export(self, module):
         super().prepare_for_export(module)
-        self.mask = None
+        self.masked = module.tracked_module_list[0].quant_weight().value.abs()
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    """Mutation: a handler that forgets the mask."""
+    """Mutation: a handler that forgets the signs."""
     monkeypatch.setattr(brevitas_export, "_HANDLERS", ())
     handlers = [handler for handler in QONNXManager.handlers if handler is not brevitas_export.QONNXHandler]
-    monkeypatch.setattr(QONNXManager, "handlers", [*handlers, UnmaskedHandler])
+    monkeypatch.setattr(QONNXManager, "handlers", [*handlers, UnsignedHandler])
     model, x = weak_network("masked_band")
     with pytest.raises(pb.ExportError, match="differs from the network by"):
         pb.export(model, tmp_path / "net.onnx", (x,), "qonnx")
