@@ -1,8 +1,25 @@
 """The errors a user of the plugin can cause, one class a cause."""
 
+_LONGEST = 1000  # characters: a file may hold names and shapes of any length
+
 
 class PIBiNNError(ValueError):
-    """Base class: ``except PIBiNNError`` catches everything the plugin refuses."""
+    """Base class: ``except PIBiNNError`` catches everything the plugin refuses.
+
+    Args:
+        message: what was given, what was expected and what to do. It becomes one line, cut in the middle beyond 1000
+            characters.
+
+    Example:
+        >>> message = str(PIBiNNError(f"a name of {'x' * 5000} is too long"))
+        >>> message[:14], message[-16:], len(message)
+        ('a name of xxxx', 'xxxx is too long', 999)
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        half = (_LONGEST - 5) // 2
+        super().__init__(line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}")
 
 
 class StructureError(PIBiNNError):

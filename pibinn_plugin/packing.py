@@ -69,6 +69,10 @@ class PackedSigns:
             raise StructureError(f"a latent of a weight of shape {tuple(shape)} is not finite and has no sign")
         return cls(pack_bits((values >= 0).flatten()), structure, tuple(shape))
 
+    def to(self, device: torch.device) -> PackedSigns:
+        """The same weight on a device."""
+        return PackedSigns(self.bits.to(device), self.structure, self.shape)
+
     @property
     def nnz(self) -> int:
         """The number of structural nonzeros, each one bit."""

@@ -5,13 +5,15 @@ Every scheme calls `SignQuantizer`, which is why their forward values are bit-id
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from pibinn_plugin.errors import PIBiNNError, ScaleError
+from pibinn_plugin.errors import PIBiNNError, ScaleError, StructureError
 from pibinn_plugin.structure import Shape, Structure
 from pibinn_plugin.structure.checkpoint import StructureInStateDict, checked_state, is_placeholder
 
@@ -92,7 +94,8 @@ class GlobalScale(nn.Module):
         initial: the value to start from, positive and finite.
 
     Raises:
-        ScaleError: ``initial`` is not positive and finite, or rounds to zero or to infinity in this dtype.
+        ScaleError: ``initial`` is not positive and finite, or rounds to zero or to infinity in this dtype; or, when a
+            state dict is loaded, it holds a λ that is not finite.
 
     Example:
         >>> GlobalScale(0.5)()
@@ -123,6 +126,14 @@ class GlobalScale(nn.Module):
     def forward(self) -> Tensor:
         """λ, shape ``(1,)``: positive whatever an optimizer did to the parameter, and exactly it where it is."""
         return self.value.abs().clamp_min(smallest_scale(self.value.dtype))
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        value: Any = state_dict.get(f"{prefix}value")
+        is_one_number = isinstance(value, Tensor) and value.numel() == 1 and not hasattr(value, "full_tensor")
+        if is_one_number and value.device.type != "meta" and not math.isfinite(number := float(value)):
+            raise ScaleError(f"the global scale in the state dict is {number}; expected a finite number")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalScale:
@@ -271,6 +282,10 @@ class SignQuantizer(OneBitRule):
     def set_extra_state(self, state: Tensor) -> None:
         if not is_placeholder(state):
             state = checked_state(state)
+            if state[0] > 1:
+                raise StructureError(
+                    f"the state dict holds {int(state[0])} for whether a weight is quantized, not 0 or 1"
+                )
             super().set_extra_state(state[1:])
             self.enabled = bool(state[0])  # weights of the float warm-up are float weights, wherever they are loaded
 

@@ -16,9 +16,11 @@ from pibinn_plugin.quantizer import GlobalScale, check_scale, initial_scale
 from pibinn_plugin.references import copy_of, refuse_stale_methods
 from pibinn_plugin.rollback import unchanged_on_error
 from pibinn_plugin.schemes import release, scheme_of
+from pibinn_plugin.schemes.base import Scheme
 from pibinn_plugin.targets import Target, Targets, resolve_targets
 from pibinn_plugin.weights import (
     OneBitWeight,
+    Place,
     distinct,
     global_scale,
     one_bit_weights,
@@ -65,14 +67,11 @@ def prepare(model: nn.Module, targets: Targets, scheme: str = "native") -> nn.Mo
     resolved = resolve_targets(model, targets)
     on_meta = any(target.parameter.device.type == "meta" for target in resolved)
     initial = 1.0 if on_meta else initial_scale(target.structural_latent for target in resolved)
-    attach_quantizers(model, resolved, scheme, initial)
+    _attach_quantizers(uncompiled(model), resolved, scheme_of(scheme), initial)
     return model
 
 
-def attach_quantizers(model: nn.Module, targets: Sequence[Target], scheme: str, scale_value: float) -> None:
-    """Put the scheme's quantizers in front of resolved targets, and λ with the given value at the root, in place."""
-    root, framework = uncompiled(model), scheme_of(scheme)
-    refuse_prepared(root)
+def _attach_quantizers(root: nn.Module, targets: Sequence[Target], framework: Scheme, scale_value: float) -> None:
     first = targets[0].parameter
     for target in targets:
         check_scale(scale_value, target.parameter.dtype)
@@ -177,11 +176,19 @@ def check_convertible(model: nn.Module) -> None:
 
 
 def pack_in_place(weight: OneBitWeight, packed: PackedSigns, scale: GlobalScale) -> None:
-    """Put packed signs where a weight stands, in all its places."""
+    """Put packed signs where a one-bit weight stands, in all its places."""
     dtype = weight.dtype
     for place in distinct(weight.places):
         release(weight.scheme, place)
-        unpack = UnpackSigns(scale, packed, weight.compact, dtype)
+    put_bits(weight.places, packed, scale, weight.compact, dtype)
+
+
+def put_bits(
+    places: Sequence[Place], packed: PackedSigns, scale: GlobalScale, compact: bool, dtype: torch.dtype
+) -> None:
+    """Put packed signs where a parameter stands that no scheme holds."""
+    for place in distinct(places):
+        unpack = UnpackSigns(scale, packed, compact, dtype)
         read_from_bits(place.module, place.parameter_name, unpack, packed.bits)
         multiply_bits(place.module)
 

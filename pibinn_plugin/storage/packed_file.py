@@ -12,6 +12,8 @@ Version 2 is read too: it has each shared tensor under all its names, and λ in 
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +25,25 @@ from torch import Tensor, nn
 
 from pibinn_plugin.errors import ArtifactError, PIBiNNError, ScaleError
 from pibinn_plugin.packing import PackedSigns
+from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.references import refuse_stale_methods
 from pibinn_plugin.rollback import unchanged_on_error
 from pibinn_plugin.storage.atomic_file import atomic_file
 from pibinn_plugin.storage.inventory import FloatTensor, float_tensors, stored_scale
 from pibinn_plugin.storage.stored_structures import StoredStructures
-from pibinn_plugin.targets import make_target, parameter_places
+from pibinn_plugin.structure.base import unique_members
+from pibinn_plugin.targets import Target, make_target, parameter_places
 from pibinn_plugin.weights import (
     OneBitWeight,
     global_scale,
     one_bit_weights,
     packed_weights,
     quantized_weights,
+    register_scale,
     the_scale_value,
     uncompiled,
 )
-from pibinn_plugin.workflow import attach_quantizers, pack_in_place, refuse_save_pretrained
+from pibinn_plugin.workflow import pack_in_place, put_bits, refuse_prepared, refuse_save_pretrained
 
 FORMAT_VERSION = 3
 _READABLE = (2, 3)
@@ -159,6 +164,7 @@ def read(path: str | Path) -> PackedNetwork:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = (file.metadata() or {}).get("pibinn")
+            _refuse_repeated_names(path)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
     except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
@@ -173,11 +179,19 @@ def read(path: str | Path) -> PackedNetwork:
     return PackedNetwork(_read_weights(path, shapes, structures, tensors), scale, tensors)
 
 
+def _refuse_repeated_names(path: str | Path) -> None:
+    """Of a name that a safetensors header holds twice, the library takes the last without a word."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        json.loads(file.read(length), object_pairs_hook=unique_members)
+
+
 def _read_header(path: str | Path, metadata: str) -> tuple[list[int], list[tuple[str, tuple[int, ...], int]]]:
     """Lengths of the structures and entries of the layers; `StoredStructures.decode` checks lengths and numbers."""
     try:
-        header = json.loads(metadata)
-        if (version := header["version"]) not in _READABLE:
+        header = json.loads(metadata, object_pairs_hook=unique_members)
+        version = header["version"]
+        if type(version) is not int or version not in _READABLE:
             raise ArtifactError(f"{path} has format version {version!r:.40}; this pibinn_plugin reads {_READABLE}")
         lengths, layers = header["structures"], header["layers"]
         checked = [(_checked_text(name), tuple(map(_checked_size, shape)), number) for name, shape, number in layers]
@@ -231,45 +245,62 @@ def _read_weights(
 
 def _pack_weights(model: nn.Module, network: PackedNetwork) -> None:
     """Put the packed weights and λ into a model, prepared, packed or neither."""
-    weights = {weight.name: weight for weight in one_bit_weights(model)}
+    weights = one_bit_weights(model)
     if not weights:
-        _attach(model, network)
-        weights = {weight.name: weight for weight in one_bit_weights(model)}
+        _pack_float_weights(model, network)
+        return
     _check_weights(weights, network)
     scale = global_scale(model)
-    device = scale.value.device if scale.value.device.type != "meta" else torch.device("cpu")
+    device = _real_device(scale.value)
     # A new parameter and not a new value: an error further on leaves the old one as it was.
-    value = torch.tensor([network.scale], dtype=scale.value.dtype, device=device)
-    if value.item() != network.scale:
-        raise ArtifactError(
-            f"the file's global scale, {network.scale}, is no {scale.value.dtype} number, and the weights would differ "
-            f"from those that were saved: build the model in the dtype it was saved in"
-        )
-    scale.value = nn.Parameter(value, requires_grad=scale.value.requires_grad)
-    for name, weight in weights.items():
-        packed = network.weights[name]
-        pack_in_place(weight, PackedSigns(packed.bits.to(device), packed.structure, packed.shape), scale)
+    scale.value = nn.Parameter(_exact_scale(network, scale.value.dtype, device), scale.value.requires_grad)
+    for weight in weights:
+        pack_in_place(weight, network.weights[weight.name].to(device), scale)
 
 
-def _attach(model: nn.Module, network: PackedNetwork) -> None:
+def _pack_float_weights(model: nn.Module, network: PackedNetwork) -> None:
+    """Without quantizers in between: they hold masks of the dense shape, and a model may be too large for those."""
+    refuse_prepared(model)
     places = {place.name: held for held in parameter_places(model).values() for place in held}
     try:
         if unknown := network.weights.keys() - places.keys():
             raise ArtifactError(f"the model has no {sorted(unknown)[:4]}")
         targets = [make_target(places[name], packed.structure) for name, packed in network.weights.items()]
-        attach_quantizers(model, targets, "native", network.scale)
     except PIBiNNError as error:
         raise ArtifactError(f"the file does not belong to this model: {error}") from error
+    _check_weights(targets, network)
+    first = targets[0].parameter
+    device = _real_device(first)
+    scale = GlobalScale(_exact_scale(network, first.dtype, device).item(), device, first.dtype)
+    register_scale(model, targets[0].module, scale)
+    for target in targets:
+        packed = network.weights[target.name].to(device)
+        put_bits(target.places, packed, scale, target.compact, target.parameter.dtype)
 
 
-def _check_weights(weights: dict[str, OneBitWeight], network: PackedNetwork) -> None:
-    if weights.keys() != network.weights.keys():
-        raise ArtifactError(f"the file packs {sorted(network.weights)}, the model is prepared for {sorted(weights)}")
-    for name, weight in weights.items():
-        packed = network.weights[name]
+def _real_device(tensor: Tensor) -> torch.device:
+    return tensor.device if tensor.device.type != "meta" else torch.device("cpu")
+
+
+def _exact_scale(network: PackedNetwork, dtype: torch.dtype, device: torch.device) -> Tensor:
+    value = torch.tensor([network.scale], dtype=dtype, device=device)
+    if value.item() != network.scale:
+        raise ArtifactError(
+            f"the file's global scale, {network.scale}, is no {dtype} number, and the weights would differ "
+            f"from those that were saved: build the model in the dtype it was saved in"
+        )
+    return value
+
+
+def _check_weights(weights: Sequence[OneBitWeight | Target], network: PackedNetwork) -> None:
+    names = [weight.name for weight in weights]
+    if sorted(names) != sorted(network.weights):
+        raise ArtifactError(f"the file packs {sorted(network.weights)}, the model is prepared for {sorted(names)}")
+    for weight in weights:
+        packed = network.weights[weight.name]
         if (packed.structure, packed.shape) != (weight.structure, weight.shape):
             raise ArtifactError(
-                f"{name!r} is {packed.shape} with {packed.structure} in the file, {weight.shape} with "
+                f"{weight.name!r} is {packed.shape} with {packed.structure} in the file, {weight.shape} with "
                 f"{weight.structure} in the model"
             )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pibinn_plugin.errors import ArtifactError, StructureError
 from pibinn_plugin.structure import Structure
+from pibinn_plugin.structure.base import short
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +66,11 @@ class StoredStructures:
         if not isinstance(self.lengths, list) or any(type(length) is not int or length < 1 for length in self.lengths):
             raise ArtifactError("the bytes of the structures are not a list of positive whole numbers")
         if sum(self.lengths) != self.content.numel():
-            raise ArtifactError(f"the structures take {self.content.numel()} bytes, not the {sum(self.lengths)} stated")
+            stated = short(sum(self.lengths))
+            raise ArtifactError(f"the structures take {self.content.numel()} bytes, not the {stated} stated")
         are_whole = all(type(number) is int for number in self.numbers)
         if not are_whole or list(dict.fromkeys(self.numbers)) != list(range(len(self.lengths))):
             raise ArtifactError(
-                f"the weights number their structures {self.numbers}; expected all of 0 to {len(self.lengths) - 1}, "
-                f"in order of first use"
+                f"the weights number their structures {short(self.numbers)}; expected all of 0 to "
+                f"{len(self.lengths) - 1}, in order of first use"
             )

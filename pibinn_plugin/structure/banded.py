@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pibinn_plugin.errors import StructureError
-from pibinn_plugin.structure.base import Shape, Structure, matrix_shape, refuse_leftover, whole_number
+from pibinn_plugin.structure.base import Shape, Structure, matrix_shape, refuse_leftover, steps_in_groups, whole_number
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,12 +57,11 @@ class Banded(Structure):
 
     @override
     def positions(self, shape: Shape) -> Tensor:
-        columns = shape[1]
-        spans = [
-            row * columns + column + torch.arange(n, device="cpu") * (columns + 1)
-            for row, column, n in self._diagonals(shape)
-        ]
-        return torch.cat(spans)
+        rows, columns = matrix_shape(shape)
+        offset = torch.arange(-self.lower, self.upper + 1, device="cpu")
+        row, column = (-offset).clamp(min=0), offset.clamp(min=0)
+        diagonal, step = steps_in_groups(torch.minimum(rows - row, columns - column), self.nnz(shape))
+        return (row * columns + column)[diagonal] + step * (columns + 1)
 
     @override
     def compact_shape(self, shape: Shape) -> tuple[int, ...]:

@@ -202,7 +202,7 @@ class Structure(ABC):
             StructureError: the text is not the JSON of a structure.
         """
         try:
-            members = json.loads(text, object_pairs_hook=_unique)
+            members = json.loads(text, object_pairs_hook=unique_members)
             return Structure._kinds[str(members.pop("kind"))]._from_json_fields(members)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError, struct.error) as error:
             raise StructureError(
@@ -221,6 +221,21 @@ def constant(tensor: Tensor, device: torch.device | str) -> Tensor:
     It is lifted into the trace as ``torch.tensor`` lifts a list of numbers.
     """
     return torch.ops.aten.lift_fresh.default(tensor).to(device)
+
+
+def steps_in_groups(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """For elements that stand group by group: the group of each, and its place in the group.
+
+    Args:
+        counts: int64, the number of elements of each group.
+        total: of all groups. A graph that is traced needs it beforehand.
+
+    Example:
+        >>> steps_in_groups(torch.tensor([2, 0, 3]), 5)
+        (tensor([0, 0, 2, 2, 2]), tensor([0, 1, 0, 1, 2]))
+    """
+    group = torch.arange(len(counts), device="cpu").repeat_interleave(counts, output_size=total)
+    return group, torch.arange(total, device="cpu") - (counts.cumsum(0) - counts)[group]
 
 
 def whole_number(value: Any) -> int:
@@ -249,10 +264,17 @@ def whole_numbers(values: Any) -> tuple[int, ...]:
     return tuple(map(whole_number, values))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a field is given twice")
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of a JSON object, as ``object_pairs_hook`` of ``json.loads``, which takes the last of equal names.
+
+    Raises:
+        ValueError: a name is given twice.
+    """
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ValueError(f"{short(name)} is given twice")
+        members[name] = value
     return members
 
 

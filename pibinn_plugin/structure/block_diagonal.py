@@ -20,6 +20,7 @@ from pibinn_plugin.structure.base import (
     matrix_shape,
     refuse_leftover,
     short,
+    steps_in_groups,
     whole_number,
     whole_numbers,
 )
@@ -40,7 +41,8 @@ class BlockDiagonal(Structure):
         column_order: a permutation of all columns.
 
     Raises:
-        StructureError: no or negative blocks, rows without columns, an order that is no permutation.
+        StructureError: no or negative blocks, rows without columns, a block that has neither, an order that is no
+            permutation.
 
     Example:
         >>> BlockDiagonal(2).mask((2, 4)).int().tolist()
@@ -79,6 +81,10 @@ class BlockDiagonal(Structure):
         if len(rows) != len(columns) or min((*rows, *columns), default=-1) < 0:
             raise StructureError(
                 f"expected as many rows as columns, none negative; got rows={short(rows)}, columns={short(columns)}"
+            )
+        if (0, 0) in zip(rows, columns, strict=True):  # a file could hold any number of them, for any matrix
+            raise StructureError(
+                f"a block has neither rows nor columns; leave it out of rows={short(rows)}, columns={short(columns)}"
             )
         if sum(r * c for r, c in zip(rows, columns, strict=True)) == 0:
             raise StructureError(f"blocks of rows={short(rows)} and columns={short(columns)} leave no weight")
@@ -134,9 +140,11 @@ class BlockDiagonal(Structure):
             torch.arange(size, device="cpu") if order is None else torch.tensor(order, device="cpu")
             for order, size in ((self.row_order, rows), (self.column_order, columns))
         )
-        block_rows, block_columns = self.sizes(shape)
-        pairs = zip(row_of.split(list(block_rows)), column_of.split(list(block_columns)), strict=True)
-        return torch.cat([(r[:, None] * columns + c).flatten() for r, c in pairs])
+        heights, widths = (torch.tensor(sizes, device="cpu") for sizes in self.sizes(shape))
+        block_of_row, _ = steps_in_groups(heights, rows)
+        row, step = steps_in_groups(widths[block_of_row], self.nnz(shape))
+        column = (widths.cumsum(0) - widths)[block_of_row][row] + step
+        return row_of[row] * columns + column_of[column]
 
     @override
     def compact_shape(self, shape: Shape) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pibinn_plugin.errors import StructureError
-from pibinn_plugin.structure.base import Structure
+from pibinn_plugin.structure.base import Structure, short
 
 
 class StructureInStateDict:
@@ -42,14 +42,20 @@ def checked_state(state: object) -> Tensor:
     Raises:
         StructureError: it is no list of bytes.
     """
-    if isinstance(state, Tensor) and state.dim() == 1 and state.numel() > 0 and not state.is_complex():
+    # Contiguous: a view may repeat one stored byte without end.
+    is_list = isinstance(state, Tensor) and state.dim() == 1 and state.numel() > 0 and state.is_contiguous()
+    if isinstance(state, Tensor) and is_list and not state.is_complex():
         content = state.to(torch.uint8)
         if torch.equal(content.to(state.dtype), state):
             return content
     raise StructureError(
-        f"the state dict holds no structure where one is stored, but {str(state)[:80]}; extra states are bytes, which "
-        f"averaging of different ones destroys"
+        f"the state dict holds no structure where one is stored, but {_described(state)}; extra states are bytes, "
+        f"which averaging of different ones destroys"
     )
+
+
+def _described(state: object) -> str:
+    return f"a tensor of shape {tuple(state.shape)}" if isinstance(state, Tensor) else short(state)
 
 
 def is_placeholder(state: object) -> bool:

@@ -147,8 +147,7 @@ class Mask(Structure):
     @classmethod
     def _decoded(cls, data: bytes, shape: tuple[int, ...]) -> "Mask":
         _check_elements(shape)
-        with torch.device("cpu"):
-            nnz = mask_encoding.decode(data, *matrix_shape(shape)).nnz
+        nnz = mask_encoding.decode(data, *matrix_shape(shape)).nnz
         if nnz == 0:
             raise StructureError(f"a mask of shape {shape} without a nonzero leaves no weight")
         mask = cls.__new__(cls)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from pibinn_plugin.bits import pack_bits, unpack_bits
+from pibinn_plugin.structure.base import steps_in_groups
 
 _BITMAP, _SPARSE_ROWS = 0, 1
 _HEADER = "<BII"  # encoding, tile height, tile width
 _HEADER_SIZE = struct.calcsize(_HEADER)
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +50,11 @@ class TileRows:
     def positions(self) -> Tensor:
         """int64, shape ``(nnz,)``: the flat index of each True element, ascending."""
         # A line is one row of elements of one tile. Those of a row of tiles come row by row of elements.
-        lines = self.counts * self.height
-        tile_row = torch.arange(len(lines)).repeat_interleave(lines)
-        in_tile_row = torch.arange(len(tile_row)) - (lines.cumsum(0) - lines)[tile_row]
-        row = tile_row * self.height + in_tile_row // self.counts[tile_row]
-        tile = (self.counts.cumsum(0) - self.counts)[tile_row] + in_tile_row % self.counts[tile_row]
-        first = row * self.columns + self.tile_columns[tile] * self.width
-        return (first[:, None] + torch.arange(self.width)).flatten()
+        tile_row, step = steps_in_groups(self.counts * self.height, len(self.tile_columns) * self.height)
+        count = self.counts[tile_row]
+        tile = (self.counts.cumsum(0) - self.counts)[tile_row] + step % count
+        first = (tile_row * self.height + step // count) * self.columns + self.tile_columns[tile] * self.width
+        return (first[:, None] + torch.arange(self.width, device="cpu")).flatten()
 
 
 def encode(positions: Tensor, rows: int, columns: int) -> bytes:
@@ -148,8 +148,8 @@ def _decode_sparse_rows(body: bytes, rows: int, columns: int) -> tuple[Tensor, T
         raise ValueError(f"row pointers do not describe {rows} rows of {len(indices)} indices")
     if (indices >= columns).any():
         raise ValueError(f"a column index beyond {columns} columns")
-    places = torch.arange(rows).repeat_interleave(counts) * columns + indices
-    if (places.diff() <= 0).any():
+    row_of_index = torch.arange(rows, device="cpu").repeat_interleave(counts)
+    if ((row_of_index * columns + indices).diff() <= 0).any():
         raise ValueError("the column indices of a row do not ascend")
     return counts, indices
 
@@ -178,7 +178,7 @@ def _pointer_width(largest: int) -> int:
 
 def _width(count: int) -> int:
     """Bytes of the narrowest unsigned integer that holds ``count - 1``."""
-    return next(width for width in (1, 2, 4, 8) if count <= 1 << (8 * width))
+    return next(width for width in _UNSIGNED if count <= 1 << (8 * width))  # a mask has at most 2^31 elements
 
 
 def _tensor_to_bytes(values: Tensor, width: int) -> bytes:
@@ -190,6 +190,5 @@ def _bytes_to_tensor(data: bytes, width: int) -> Tensor:
     if len(data) % width:
         raise ValueError(f"{len(data)} bytes are no multiple of {width}")
     if not data:
-        return torch.zeros(0, dtype=torch.int64)
-    octets = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return (octets.reshape(-1, width).long() << (8 * torch.arange(width))).sum(1)
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(bytearray(data), dtype=_UNSIGNED[width]).long()

@@ -25,8 +25,8 @@ def block_diagonal(draw):
     blocks = draw(st.integers(1, 4))
     orders = {}
     if draw(st.booleans()):
-        heights = draw(st.lists(st.integers(0, 4), min_size=blocks, max_size=blocks))
-        widths = draw(st.lists(st.integers(0, 4), min_size=blocks, max_size=blocks))
+        block = st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(any)  # one without both is refused
+        heights, widths = map(list, zip(*draw(st.lists(block, min_size=blocks, max_size=blocks)), strict=True))
         heights[0], widths[0] = max(1, heights[0]), max(1, widths[0])
         shape, fields = (sum(heights), sum(widths)), {"rows": heights, "columns": widths}
     else:
