@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.operators.base import check_size
+from pibinn_plugin.storage.recipe import records_arguments
 from pibinn_plugin.structure.block_diagonal import multiply_blocks
 
 __all__ = ["BlockOperator", "DenseOperator", "GaussianBlocks", "SignBlocks"]
@@ -68,6 +69,7 @@ class DenseOperator(BlockOperator):
         super().__init__(matrix[None])
 
 
+@records_arguments
 class GaussianBlocks(BlockOperator):
     """Independent normal entries in each block, columns of unit norm, from a seed.
 
@@ -87,6 +89,7 @@ class GaussianBlocks(BlockOperator):
         super().__init__(entries / entries.norm(dim=1, keepdim=True))
 
 
+@records_arguments
 class SignBlocks(BlockOperator):
     """Independent entries ±1/√rows in each block (spreading codes, coded apertures, DMD patterns), from a seed.
 

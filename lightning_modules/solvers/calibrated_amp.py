@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_modules.solvers.message_passing import MessagePassing
 from lightning_modules.solvers.structured_layer import layer_of
 from pibinn_plugin.packed import PackedCompactLinear, PackedLinear
+from pibinn_plugin.storage.recipe import records_arguments
 from pibinn_plugin.structure import BlockDiagonal, Structure
 from pibinn_plugin.structure.base import constant
 from pibinn_plugin.structure.block_diagonal import multiply_blocks
@@ -20,6 +21,7 @@ __all__ = ["CalibratedAMP"]
 _LinearMap = Callable[[Tensor], Tensor]
 
 
+@records_arguments
 class CalibratedAMP(nn.Module):
     r"""Sparse recovery from y = A x + noise where only the support M of A is known: its entries are the one weight Â.
 
