@@ -35,13 +35,34 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 from typing_extensions import override
 
 from pibinn_plugin.storage.atomic_file import atomic_file
 
-__all__ = ["AtomicCheckpointIO", "RandomState"]
+__all__ = ["AtomicCheckpointIO", "RandomState", "read_checkpoint"]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint on the CPU, without pickle.
+
+    Raises:
+        MisconfigurationException: the file is not one, or damaged.
+        OSError: it cannot be opened.
+    """
+    with Path(path).open("rb"):
+        pass  # what the system refuses is said by the system
+    try:
+        checkpoint = torch.load(str(path), map_location="cpu", weights_only=True)
+    except Exception as error:  # of a zip file, of a pickle, of the system: whatever torch meets in foreign bytes
+        raise MisconfigurationException(
+            f"{path} is no checkpoint of a training run, or a damaged one ({type(error).__name__} in torch.load)"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise MisconfigurationException(f"{path} is no checkpoint of a training run: it holds no state_dict")
+    return checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

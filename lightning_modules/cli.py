@@ -26,8 +26,9 @@ from pibinn_plugin import PIBiNNError
 
 __all__ = ["main"]
 
-# What a user can cause, and what says what to do about it.
-_USER_ERRORS = (PIBiNNError, DataFileError, MisconfigurationException, FileNotFoundError)
+# What a user can cause, and what says what to do about it; files and folders that the system refuses; an extra that is
+# not installed.
+_USER_ERRORS = (PIBiNNError, DataFileError, MisconfigurationException, OSError, ModuleNotFoundError)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -46,5 +47,5 @@ def main(args: Sequence[str] | None = None) -> None:
             args=None if args is None else arguments,
         )
     except _USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error

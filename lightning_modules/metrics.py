@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 
 __all__ = [
     "NMSE",
@@ -192,33 +192,22 @@ class NMSE(Metric):
         return 10 * torch.log10(self.error_energy / self.signal_energy)
 
 
-class _MeanOverEpochs(Metric):
+class _MeanOverEpochs(MeanMetric):
     """Mean over epochs of what `per_epoch` gives for each."""
 
-    is_differentiable = True
-    higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    epochs: Tensor
+    is_differentiable = True  # type: ignore[assignment]
+    higher_is_better = False  # type: ignore[assignment]
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("epochs", torch.tensor(0), dist_reduce_fx="sum")
+        super().__init__(nan_strategy="disable", **kwargs)  # an epoch without a value is not left out in silence
 
     @staticmethod
     def per_epoch(preds: Tensor, target: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor) -> None:  # type: ignore[override]
         """Add a batch of epochs, shape (..., samples)."""
-        values = self.per_epoch(preds, target)
-        self.total += values.sum()
-        self.epochs += values.numel()
-
-    def compute(self) -> Tensor:
-        """Return the mean over all epochs so far."""
-        return self.total / self.epochs
+        super().update(self.per_epoch(preds, target))
 
 
 class RRMSETemporal(_MeanOverEpochs):

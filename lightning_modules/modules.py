@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
 from pibinn_plugin.quantizer import GlobalScale
+from pibinn_plugin.schemes import schemes_in
+from pibinn_plugin.weights import one_bit_weights
 
 __all__ = ["SolverModule"]
 
@@ -62,6 +66,28 @@ class SolverModule(pl.LightningModule):
     def forward(self, y: Tensor) -> Tensor:
         """The estimate of x, shape (batch, unknowns), from y, shape (batch, measurements)."""
         return self.solver(y)
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict, as `torch.nn.Module` does.
+
+        Raises:
+            MisconfigurationException: it is that of another network; or it holds one-bit weights and this module is not
+                prepared for them. The module may have taken a part of it then, as with torch.
+        """
+        if (schemes := schemes_in(state_dict)) and not one_bit_weights(self):
+            raise MisconfigurationException(
+                f"the checkpoint holds one-bit weights (scheme {', '.join(sorted(schemes))}), and this module float "
+                f"ones: prepare it first, pibinn_plugin.prepare(module, targets, scheme), with the targets of the "
+                f"training, then load_state_dict; or give the Trainer the TwoStageQAT callback and the ckpt_path"
+            )
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise MisconfigurationException(
+                f"the checkpoint is that of another network than this one: {reason[:400]}"
+            ) from error
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_modules.checkpointing import AtomicCheckpointIO, RandomState
+from lightning_modules.checkpointing import AtomicCheckpointIO, RandomState, read_checkpoint
 from lightning_modules.trainer import SolverTrainer
 from pibinn_plugin import TwoStageQAT
 
@@ -37,6 +37,19 @@ class SolverCLI(LightningCLI):
         parser.add_argument(
             "--threads", type=PositiveInt | None, help="CPU threads of torch; small networks run fastest on one."
         )
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        parser.allow_abbrev = False  # --trainer.max_epoch is a mistake, not a short form
+        return parser
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if path and Path(path).is_file():
+            read_checkpoint(path)  # before LightningCLI reads it
 
     @staticmethod
     @override
@@ -80,8 +93,10 @@ class SolverCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the run lies."""
-        if self.trainer.is_global_zero:
-            print(f"checkpoint: {cast(SolverTrainer, self.trainer).last_checkpoint}")
+        last = cast(SolverTrainer, self.trainer).last_checkpoint
+        is_trial: bool = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero and last.is_file() and not is_trial:
+            print(f"checkpoint: {last}")
 
 
 def _checkpoint_of_each_epoch(root: Path) -> ModelCheckpoint:

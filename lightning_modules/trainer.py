@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
 import pibinn_plugin as pb
+from lightning_modules.checkpointing import read_checkpoint
 from lightning_modules.modules import SolverModule
 from pibinn_plugin.export import FORMATS
 from pibinn_plugin.export.c_compiler import memory_report
@@ -52,6 +52,34 @@ class SolverTrainer(pl.Trainer):
     def packed_file(self) -> Path:
         """Where ``convert`` writes the packed solver, unless told otherwise."""
         return Path(self.default_root_dir) / "solver.safetensors"
+
+    @override
+    def fit(
+        self,
+        model: pl.LightningModule,
+        train_dataloaders: Any | None = None,
+        val_dataloaders: Any | None = None,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train; with ``ckpt_path="last"``, go on with the run that lies here. A run that lies here is never replaced.
+
+        Raises:
+            MisconfigurationException: another run lies here, or the checkpoint is none.
+        """
+        last = self.last_checkpoint
+        is_trial: bool = self.fast_dev_run  # type: ignore[attr-defined]
+        if last.is_file() and not is_trial and any(_writes_to(each, last) for each in self.checkpoint_callbacks):
+            if ckpt_path is None or (
+                Path(ckpt_path).is_file() and Path(ckpt_path).resolve().parent != last.resolve().parent
+            ):
+                raise MisconfigurationException(
+                    f"a run lies in {self.default_root_dir}, and its checkpoint {last} would be replaced: "
+                    f"--ckpt_path last goes on with it, another --trainer.default_root_dir leaves it where it is"
+                )
+            read_checkpoint(last)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     @override
     def validate(  # type: ignore[override]
@@ -210,21 +238,22 @@ class SolverTrainer(pl.Trainer):
     def _checkpoint(self, path: str | Path | None) -> str | Path | None:
         if path == "last":
             path = self.last_checkpoint
-        if path is not None and not Path(path).is_file():
-            raise MisconfigurationException(f"there is no checkpoint {path}: run fit first, or give --ckpt_path")
+        if path is not None:
+            if not Path(path).is_file():
+                raise MisconfigurationException(f"there is no checkpoint {path}: run fit first, or give --ckpt_path")
+            read_checkpoint(path)
         return path
+
+
+def _writes_to(callback: pl.callbacks.Checkpoint, last: Path) -> bool:
+    directory = getattr(callback, "dirpath", None)
+    return directory is not None and Path(directory).resolve() == last.resolve().parent
 
 
 def _load_state(model: SolverModule, path: str | Path | None) -> int:
     """Load a checkpoint; return how many epochs of training are behind it, the one it was written in among them."""
-    checkpoint = torch.load(str(path), map_location="cpu", weights_only=True)
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise MisconfigurationException(
-            f"{path} is the checkpoint of another network than that of the configuration: {reason}"
-        ) from error
+    checkpoint = read_checkpoint(str(path))
+    model.load_state_dict(checkpoint["state_dict"])
     return int(checkpoint["epoch"]) + 1
 
 

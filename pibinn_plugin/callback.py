@@ -5,48 +5,59 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_utilities.core.enums import StrEnum
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from pibinn_plugin.averaged_networks import (
+    follow_run,
+    prepare_averages,
+    restore_averages,
+    start_averaged_scales,
+    take_averaged_signs,
+)
+from pibinn_plugin.errors import TargetError
 from pibinn_plugin.initialization import Initialization
 from pibinn_plugin.quantizer import initial_scale
-from pibinn_plugin.schemes import scheme_of, schemes_in
-from pibinn_plugin.sharding import is_sharded, reshard, whole
+from pibinn_plugin.schemes import schemes_in
+from pibinn_plugin.sharding import part_of, reshard, whole
+from pibinn_plugin.stage_schedule import ORDER, Stage, StageSchedule
 from pibinn_plugin.structure import Structure
+from pibinn_plugin.training_checks import (
+    check_launcher,
+    check_optimizers,
+    check_prepared,
+    check_sharded,
+    check_strategy,
+)
 from pibinn_plugin.weights import OneBitWeight, global_scale, quantized_weights
 from pibinn_plugin.workflow import freeze_signs, prepare
-
-
-class Stage(StrEnum):
-    """What a training step updates."""
-
-    WARM_UP = "warm_up"  # latents as float weights, without quantizers
-    SIGNS = "signs"  # stage 1: latents behind the sign, λ and float parameters
-    SCALE = "scale"  # stage 2: λ and float parameters; the signs are frozen
-
-
-_ORDER = [Stage.WARM_UP, Stage.SIGNS, Stage.SCALE]
 
 
 class TwoStageQAT(Callback):
     """Train one-bit weights in two stages: first latents and λ, then λ and every float parameter with frozen signs.
 
-    The model is prepared in ``setup``, before the optimizer is made; its forward is never wrapped, and it is never
-    converted: call ``pb.convert`` on the trained module. Every epoch logs ``qat/scale`` (λ), ``qat/flipped`` (the
-    fraction of signs flipped in it) and ``qat/stage`` (0 warm-up, 1 signs, 2 scale). Stage and structures are in the
-    checkpoint; a resumed run goes on in the stage it was in, also where a longer training would begin it later.
+    The model is prepared in ``setup``, before the optimizer is made, or after ``configure_model`` where that makes the
+    layers; its forward is never wrapped, and it is never converted: call ``pb.convert`` on the trained module. From the
+    start of stage 2 the signs are held apart from the latents, so that nothing that writes to parameters can change
+    them. A latent that is not trainable when stage 2 begins is left as it is; those that are, are trainable again after
+    ``fit``. Averages of the module that other callbacks keep are one-bit networks too (`averaged_networks`).
+
+    Every epoch logs ``qat/scale`` (λ), ``qat/flipped`` (the fraction of signs flipped in it) and ``qat/stage`` (0
+    warm-up, 1 signs, 2 scale). Stage and structures are in the checkpoint; a resumed run goes on in the stage it was
+    in, also where a longer training would begin it later.
 
     Under ``ModelParallelStrategy`` (FSDP2), shard the targets' layers and the LightningModule itself, which holds λ.
 
@@ -56,14 +67,16 @@ class TwoStageQAT(Callback):
         scheme: ``"native"``, ``"torchao"`` or ``"brevitas"``.
         sign_stage_start: when stage 1 begins, after a warm-up with float weights: an epoch (int), or a fraction of all
             optimizer steps (float). 0 means no warm-up.
-        scale_stage_start: when stage 2 begins, likewise.
+        scale_stage_start: when stage 2 begins, likewise. ``1`` is the second epoch, ``1.0`` the end of the training; a
+            line printed when training starts says what was understood.
         initialization: where latents and λ start, such as a `SignsFromPairs`, which reads pairs from the training
             dataloader; at the start of a new training, not of a resumed one. None keeps the weights that the model has.
 
     Raises:
         MisconfigurationException: a negative epoch, a fraction outside [0, 1], stage 2 before stage 1, a fraction of a
             training without a known length, a model that was prepared otherwise, a checkpoint of another scheme or of
-            other structures, or a strategy that cannot train λ.
+            other structures, a λ in no optimizer, two callbacks of this kind, an average of a part of the model from
+            before it was prepared, or a strategy that cannot train λ.
 
     Example:
         >>> from pibinn_plugin import BlockDiagonal
@@ -80,119 +93,101 @@ class TwoStageQAT(Callback):
         scale_stage_start: int | float = 0.75,
         initialization: Initialization | None = None,
     ) -> None:
-        for name, start in (("sign_stage_start", sign_stage_start), ("scale_stage_start", scale_stage_start)):
-            if start < 0 or (isinstance(start, float) and start > 1):
-                raise MisconfigurationException(
-                    f"{name} must be an epoch (int, at least 0) or a fraction of training (float, 0 to 1); got "
-                    f"{start!r}"
-                )
-        if type(sign_stage_start) is type(scale_stage_start) and sign_stage_start > scale_stage_start:
-            raise MisconfigurationException(
-                f"stage 2 cannot begin before stage 1; got sign_stage_start={sign_stage_start!r} and "
-                f"scale_stage_start={scale_stage_start!r}"
-            )
+        self.schedule = StageSchedule(sign_stage_start, scale_stage_start)
         self.targets, self.scheme = dict(targets), scheme
-        self.sign_stage_start, self.scale_stage_start = sign_stage_start, scale_stage_start
         self.initialization = initialization
         self.stage: Stage | None = None
         self._structures: dict[str, str] = {}
         self._signs_at_epoch_start: list[Tensor] = []
+        self._frozen_here: list[OneBitWeight] = []  # trainable when stage 2 began
+        self._latent_versions: list[int] = []
         self._load_check: RemovableHandle | None = None
 
     # ------------------------------------------------------------------------------------------------- preparation
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._check_strategy(trainer, pl_module)
+        check_strategy(trainer, pl_module, self.scheme)
+        self._check_alone(trainer)
+        self._let_go()  # a run that failed has had no teardown
         if quantized_weights(pl_module):
-            self._check_prepared(pl_module)
+            check_prepared(pl_module, self.targets, self.scheme)
         else:
-            prepare(pl_module, self.targets, self.scheme)
+            if stage == "fit":
+                check_launcher(trainer, self.targets, self.scheme)
+            self._prepare(trainer, pl_module)
             self.stage = None
-        if stage == "fit":
-            if self._has_fraction and trainer.max_epochs == trainer.max_steps == -1:
-                raise _unknown_length()
-            if trainer.global_step == 0:
-                self.stage = None  # a new training, whatever this callback was used for before
+        prepare_averages(trainer, pl_module, self.targets, self.scheme)
+        if stage == "fit" and trainer.global_step == 0:
+            self.stage = None  # a new training, whatever module and callback were used for before
             for weight in quantized_weights(pl_module):
-                weight.latent.requires_grad_(True)  # until stage 2: optimizers are made of what is trainable
-        weights = quantized_weights(pl_module)
-        self._structures = {weight.name: weight.structure.to_json() for weight in weights}
-        self.teardown(trainer, pl_module, stage)  # a run that failed has had none
+                if weight.latent.requires_grad:
+                    weight.thaw()
+        follow_run(trainer, pl_module)
+        self._structures = {weight.name: weight.structure.to_json() for weight in quantized_weights(pl_module)}
         check = partial(_check_scheme_of_state_dict, self.scheme)
         self._load_check = pl_module.register_load_state_dict_pre_hook(check)
 
+    def _check_alone(self, trainer: pl.Trainer) -> None:
+        callbacks = [each for each in trainer.callbacks if isinstance(each, TwoStageQAT)]  # type: ignore[attr-defined]
+        if len(callbacks) > 1:
+            raise MisconfigurationException(
+                f"the trainer has {len(callbacks)} TwoStageQAT, and a network has one λ: name the targets of all in one"
+            )
+
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        try:
+            prepare(pl_module, self.targets, self.scheme)
+        except TargetError:
+            if not is_overridden("configure_model", pl_module):
+                raise
+            # Its layers may not be there yet. Lightning calls the hook again, and asks that it can be.
+            with (
+                trainer.strategy.tensor_init_context(),
+                trainer.strategy.model_sharded_context(),
+                trainer.precision_plugin.module_init_context(),
+            ):
+                pl_module.configure_model()
+            prepare(pl_module, self.targets, self.scheme)
+
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._restore_latents(trainer, pl_module)
+        self._let_go()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Leave the module as trainable as it was found, and without the hook."""
         if self._load_check is not None:
             self._load_check.remove()
             self._load_check = None
-
-    def _check_strategy(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"{type(trainer.strategy).__name__} keeps parameters in flat buffers, in which latents cannot be "
-                f"frozen: use DDPStrategy, or ModelParallelStrategy (FSDP2)"
-            )
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            ranks = trainer.strategy.device_mesh["tensor_parallel"].size()
-            if ranks > 1:
-                raise MisconfigurationException(
-                    f"tensor_parallel_size={ranks}: quantized layers cannot be split over ranks; use "
-                    f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1"
-                )
-            if (
-                not scheme_of(self.scheme).loads_consolidated_shards
-                and not trainer.strategy._save_distributed_checkpoint
-                and pl_module.strict_loading
-            ):
-                raise MisconfigurationException(
-                    f"Lightning could not load a consolidated checkpoint of {self.scheme} layers again: use "
-                    f"ModelParallelStrategy(save_distributed_checkpoint=True)"
-                )
-
-    def _check_prepared(self, pl_module: nn.Module) -> None:
-        weights = {weight.name: weight for weight in quantized_weights(pl_module)}
-        matched: set[str] = set()
-        for pattern, structure in self.targets.items():
-            for name in (names := [name for name in weights if fnmatchcase(name, pattern)]):
-                found = weights[name].structure
-                if structure not in (None, found) or weights[name].scheme != self.scheme:
-                    raise MisconfigurationException(
-                        f"the model was prepared before, with {name!r} as {found} in scheme={weights[name].scheme!r}; "
-                        f"the callback asks for {structure} in scheme={self.scheme!r}"
-                    )
-            if not names:
-                raise MisconfigurationException(
-                    f"the model was prepared before, with {sorted(weights)}; the callback's target {pattern!r} matches "
-                    f"none of them"
-                )
-            matched.update(names)
-        if left := sorted(weights.keys() - matched):
-            raise MisconfigurationException(f"the model was prepared before, with {left}, which no target matches")
+        for weight in self._frozen_here:
+            weight.latent.requires_grad_(True)
+        self._frozen_here = []
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not isinstance(trainer.strategy, ModelParallelStrategy):
-            return
-        parameters = {weight.name: weight.latent for weight in quantized_weights(pl_module)}
-        parameters["pibinn_scale"] = global_scale(pl_module).value
-        if left := [name for name, parameter in parameters.items() if not is_sharded(parameter)]:
+        if not quantized_weights(pl_module):
             raise MisconfigurationException(
-                f"{left} are not sharded, and the gradients of parameters that are not are never averaged over the "
-                f"ranks: apply fully_shard to the LightningModule itself too, at the end of configure_model"
+                f"configure_model of {type(pl_module).__name__} has made its layers anew: Lightning calls it more than "
+                f"once, and asks that it returns where they are there already"
             )
+        check_sharded(trainer, pl_module)
+        check_optimizers(trainer, pl_module)
 
     # ------------------------------------------------------------------------------------------------------ stages
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._enable_quantizers(pl_module, self._stage_at(trainer))
+        self._enable_quantizers(trainer, pl_module, self._stage_at(trainer))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._has_fraction:
-            _training_steps(trainer)  # raises here, not when the first step is done
+        self.schedule.check_length(trainer)  # here, not when the first step is done
+        rank_zero_info(self.schedule.describe(trainer))
         if self.stage is None and self.initialization is not None:
             self._initialize(self.initialization, trainer, pl_module)
         self._enter(self._stage_at(trainer), trainer, pl_module)
@@ -218,23 +213,24 @@ class TwoStageQAT(Callback):
             for weight in quantized_weights(pl_module):
                 weight.latent.grad = None
 
-    @property
-    def _has_fraction(self) -> bool:
-        return any(isinstance(start, float) and start > 0 for start in (self.sign_stage_start, self.scale_stage_start))
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self.stage == Stage.SCALE and self._latent_versions != _versions(pl_module):
+            self._restore_latents(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_trial: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.stage != Stage.SCALE and self.schedule.scale_stage_start != 1.0 and not is_trial:
+            is_warm_up = self.stage == Stage.WARM_UP
+            rank_zero_warn(
+                f"training has ended before stage 2 (scale_stage_start={self.schedule.scale_stage_start!r}): "
+                + ("the weights are those of the float warm-up" if is_warm_up else "the signs were never frozen")
+            )
 
     def _stage_at(self, trainer: pl.Trainer) -> Stage:
-        due = Stage.WARM_UP
-        if self._has_started(self.scale_stage_start, trainer):
-            due = Stage.SCALE
-        elif self._has_started(self.sign_stage_start, trainer):
-            due = Stage.SIGNS
-        return max(due, self.stage or due, key=_ORDER.index)
-
-    @staticmethod
-    def _has_started(start: int | float, trainer: pl.Trainer) -> bool:
-        if start == 0 or isinstance(start, int):
-            return trainer.current_epoch >= start
-        return trainer.global_step > 0 and trainer.global_step >= start * _training_steps(trainer)
+        due = self.schedule.stage_at(trainer)
+        return max(due, self.stage or due, key=ORDER.index)
 
     def _enter_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if (stage := self._stage_at(trainer)) != self.stage:
@@ -243,24 +239,37 @@ class TwoStageQAT(Callback):
     def _enter(self, stage: Stage, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reshard(pl_module)
         previous, self.stage = self.stage, stage
-        self._enable_quantizers(pl_module, stage)
+        self._enable_quantizers(trainer, pl_module, stage)
         if previous == Stage.WARM_UP and stage != Stage.WARM_UP:
             self._start_scale(trainer, pl_module)
+            start_averaged_scales(trainer, pl_module)
         if previous not in (None, stage):
             for optimizer in trainer.optimizers:
                 if isinstance(optimizer, torch.optim.LBFGS):
                     optimizer.state.clear()  # its one history of all parameters would go on moving the latents
-        latents = [weight.latent for weight in quantized_weights(pl_module)]
-        were_trained = [latent.requires_grad for latent in latents]
         if stage == Stage.SCALE:
-            freeze_signs(pl_module)
-        else:
-            for latent in latents:
-                latent.requires_grad_(True)
-        if isinstance(trainer.strategy, DDPStrategy) and were_trained != [latent.requires_grad for latent in latents]:
+            self._freeze(trainer, pl_module)
+
+    def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._frozen_here = [weight for weight in quantized_weights(pl_module) if weight.latent.requires_grad]
+        if not any(weight.is_frozen for weight in self._frozen_here):  # as those of a resumed run are
+            take_averaged_signs(trainer, pl_module)
+        freeze_signs(pl_module)
+        follow_run(trainer, pl_module)
+        self._restore_latents(trainer, pl_module)
+        if isinstance(trainer.strategy, DDPStrategy) and self._frozen_here:
             # The reducer waits for a gradient of every parameter that needed one when it was built: build it anew.
             trainer.strategy.model = pl_module
             trainer.strategy.configure_ddp()
+
+    def _restore_latents(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing reads the latents of frozen signs; but who looks at them, in a checkpoint say, finds those signs."""
+        reshard(pl_module)
+        for weight in quantized_weights(pl_module):
+            if weight.is_frozen:
+                weight.restore()
+        restore_averages(trainer, pl_module)
+        self._latent_versions = _versions(pl_module)
 
     @staticmethod
     def _initialize(initialization: Initialization, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -277,9 +286,10 @@ class TwoStageQAT(Callback):
         initialization(pl_module, seen, partial(trainer.strategy.reduce, reduce_op="sum"))
 
     @staticmethod
-    def _enable_quantizers(pl_module: nn.Module, stage: Stage) -> None:
+    def _enable_quantizers(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         for weight in quantized_weights(pl_module):
             weight.enable(stage != Stage.WARM_UP)
+        follow_run(trainer, pl_module)
 
     @staticmethod
     def _start_scale(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -299,7 +309,7 @@ class TwoStageQAT(Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.stage is not None  # set in on_train_start
-        reshard(pl_module)
+        self._restore_latents(trainer, pl_module)
         pairs = zip(self._signs_at_epoch_start, quantized_weights(pl_module), strict=True)
         # Outside the structure nothing has a sign, but an optimizer with weight decay moves latents there too.
         flips = [weight.quantizer.structural(whole(before != _signs(weight))).flatten() for before, weight in pairs]
@@ -307,14 +317,21 @@ class TwoStageQAT(Callback):
         # The same on every rank; sync_dist says so to Lightning, which warns otherwise.
         pl_module.log("qat/scale", scale, sync_dist=True)
         pl_module.log("qat/flipped", torch.cat(flips).float().mean(), sync_dist=True)
-        pl_module.log("qat/stage", float(_ORDER.index(self.stage)), sync_dist=True)
+        pl_module.log("qat/stage", float(ORDER.index(self.stage)), sync_dist=True)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
+    # Not in `state_dict`: of two callbacks with one, Lightning speaks before `setup` can say that a network has one λ.
     @override
-    def state_dict(self) -> dict[str, Any]:
-        stage = None if self.stage is None else self.stage.value
-        return {"stage": stage, "scheme": self.scheme, "structures": self._structures}
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._restore_latents(trainer, pl_module)  # in place: the checkpoint's tensors are those of the module
+        checkpoint.setdefault("callbacks", {})[self.state_key] = {
+            "stage": None if self.stage is None else self.stage.value,
+            "scheme": self.scheme,
+            "structures": self._structures,
+        }
 
     @override
     def on_load_checkpoint(
@@ -336,7 +353,28 @@ class TwoStageQAT(Callback):
         if state["stage"] is not None:
             # Frozen in on_train_start only: until then, optimizers are made and their states loaded.
             self.stage = Stage(state["stage"])
-            self._enable_quantizers(pl_module, self.stage)
+            self._enable_quantizers(trainer, pl_module, self.stage)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _say_whether_warm_up(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _say_whether_warm_up(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            _say_whether_warm_up(pl_module)
+
+
+def _say_whether_warm_up(pl_module: nn.Module) -> None:
+    if not all(weight.quantizer.enabled for weight in quantized_weights(pl_module)):
+        rank_zero_warn(
+            "these are the weights of the float warm-up: what is computed with them is not what a one-bit network "
+            "gives, and pibinn_plugin.convert refuses them; take a checkpoint of a later epoch"
+        )
 
 
 def _check_scheme_of_state_dict(
@@ -360,21 +398,12 @@ def _other_scheme(theirs: str, ours: str) -> MisconfigurationException:
     return MisconfigurationException(f"the checkpoint was trained with scheme={theirs!r}; got scheme={ours!r}")
 
 
-def _unknown_length() -> MisconfigurationException:
-    return MisconfigurationException(
-        "a stage start is a fraction of training, whose length is unknown (no max_epochs, a dataset without a length, "
-        "or manual optimization): set max_steps, or give the start as an epoch (int)"
-    )
-
-
-def _training_steps(trainer: pl.Trainer) -> int | float:
-    # In manual optimization every step of every optimizer counts, and how many they make is the user's choice.
-    is_automatic = trainer.lightning_module.automatic_optimization
-    steps = trainer.estimated_stepping_batches if is_automatic else trainer.max_steps
-    if not 0 < steps < float("inf"):  # -1 for an iterable dataset without max_steps
-        raise _unknown_length()
-    return steps
-
-
 def _signs(weight: OneBitWeight) -> Tensor:
-    return weight.latent.detach() >= 0
+    """Where the signs are +1, in the shape of the latent and on the ranks that hold it."""
+    signs = weight.quantizer.signs
+    return weight.latent.detach() >= 0 if signs is None else part_of(signs >= 0, weight.latent)
+
+
+def _versions(pl_module: nn.Module) -> list[int]:
+    """How often each latent was written to."""
+    return [weight.latent._version for weight in quantized_weights(pl_module)]

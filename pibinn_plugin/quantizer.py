@@ -14,8 +14,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from pibinn_plugin.errors import PIBiNNError, ScaleError, StructureError
+from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.structure import Shape, Structure
 from pibinn_plugin.structure.checkpoint import StructureInStateDict, checked_state, is_placeholder
+
+# What a state dict says of a quantizer; 0 and 1 are those of files without signs.
+_DISABLED, _ENABLED, _FROZEN = 2, 3, 4
 
 READ_ONLY = (
     "this weight is one-bit, λ · sign(V) ⊙ M, and cannot be assigned, deleted or parametrized (BatchNorm and norms "
@@ -214,6 +218,9 @@ class OneBitRule(StructureInStateDict, nn.Module):
 class SignQuantizer(OneBitRule):
     """Maps the latents of one weight to ``λ · sign(V) ⊙ M``; while not ``enabled``, to ``V ⊙ M``.
 
+    Frozen, it reads the signs that it keeps, and no longer those of the latent: whatever an optimizer, an average or
+    somebody's hand writes to the latent, the weight stays. A state dict holds the frozen signs as bits.
+
     Args:
         scale: the network's λ.
         structure: M.
@@ -228,11 +235,13 @@ class SignQuantizer(OneBitRule):
     Example:
         >>> from pibinn_plugin.structure import BlockDiagonal
         >>> quantizer = SignQuantizer(GlobalScale(0.5), BlockDiagonal(2), (2, 2))
-        >>> quantizer(torch.tensor([[0.1, -7.0], [3.0, -0.2]])).tolist()
+        >>> latent = torch.tensor([[0.1, -7.0], [3.0, -0.2]])
+        >>> quantizer(latent).tolist()
+        [[0.5, 0.0], [0.0, -0.5]]
+        >>> quantizer.freeze(PackedSigns.pack(latent, BlockDiagonal(2), (2, 2)))
+        >>> quantizer(-latent).tolist()
         [[0.5, 0.0], [0.0, -0.5]]
     """
-
-    mask: Tensor | None
 
     def __init__(
         self,
@@ -247,14 +256,18 @@ class SignQuantizer(OneBitRule):
         masked = not compact and structure.nnz(shape) < torch.Size(shape).numel()
         # Never on the meta device: it is in no state dict, so nothing would bring its values there.
         real_device = "cpu" if device is None or torch.device(device).type == "meta" else device
-        self.register_buffer("mask", structure.mask(shape, real_device) if masked else None, persistent=False)
+        # Mask and signs are no buffers: averages, swaps and broadcasts of a model's buffers must not reach them.
+        self.mask: Tensor | None = structure.mask(shape, real_device) if masked else None
+        self.signs: Tensor | None = None  # frozen: S ⊙ M as int8, in the shape of the latent
 
     def forward(self, latent: Tensor) -> Tensor:
         """Args: latent: V, dense or compact. Returns: W, in the same shape and dtype."""
-        if self.enabled:
-            return quantize_sign(latent, self.scale(), self._mask_on(latent.device))
-        # λ takes part with a zero gradient: distributed training expects one from every parameter.
-        return self.masked(latent + 0.0 * self.scale().to(latent.dtype))
+        if not self.enabled:
+            # λ takes part with a zero gradient: distributed training expects one from every parameter.
+            return self.masked(latent + 0.0 * self.scale().to(latent.dtype))
+        if self.signs is not None:
+            return self.scale().to(latent.dtype) * self._signs_on(latent.device)
+        return quantize_sign(latent, self.scale(), self._mask_on(latent.device))
 
     def masked(self, latent: Tensor) -> Tensor:
         """``V ⊙ M``: the latent as a float weight."""
@@ -264,6 +277,30 @@ class SignQuantizer(OneBitRule):
     def structural(self, latent: Tensor) -> Tensor:
         """The structural nonzeros of the latent, in compact form."""
         return latent.detach() if self.compact else self.structure.to_compact(latent.detach())
+
+    def freeze(self, packed: PackedSigns) -> None:
+        """Read these signs from now on, whatever the latent is."""
+        self.signs = packed.weight(torch.ones(1, dtype=torch.int8), self.compact, torch.int8)
+
+    def thaw(self) -> None:
+        """Read the signs of the latent again."""
+        self.signs = None
+
+    def packed(self, latent: Tensor) -> PackedSigns:
+        """The signs that the weight has: the frozen ones, or those of a latent.
+
+        Raises:
+            StructureError: the latent decides, and is not finite.
+        """
+        return PackedSigns.pack(latent if self.signs is None else self.signs, self.structure, self.shape, self.compact)
+
+    def _signs_on(self, device: torch.device) -> Tensor:
+        assert self.signs is not None
+        if self.signs.device != device:
+            if device.type == "meta":
+                return self.signs.to(device)
+            self.signs = self.signs.to(device)
+        return self.signs
 
     def _mask_on(self, device: torch.device) -> Tensor | None:
         if self.mask is not None and self.mask.device != device:
@@ -276,28 +313,47 @@ class SignQuantizer(OneBitRule):
 
     @override
     def get_extra_state(self) -> Tensor:
-        return torch.cat([torch.tensor([self.enabled], dtype=torch.uint8), super().get_extra_state()])
+        """Which signs are read, the length of the structure in 4 bytes, the structure, and the bits of frozen signs.
+
+        Of one length in every stage, as distributed checkpoints need it.
+        """
+        structure = super().get_extra_state()
+        if self.signs is None:
+            state = _ENABLED if self.enabled else _DISABLED
+            bits = torch.zeros(-(-self.structure.nnz(self.shape) // 8), dtype=torch.uint8)
+        else:
+            state, bits = _FROZEN, self.packed(self.signs).bits.cpu()
+        head = torch.tensor([state, *len(structure).to_bytes(4, "little")], dtype=torch.uint8)
+        return torch.cat([head, structure, bits])
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        if not is_placeholder(state):
-            state = checked_state(state)
-            if state[0] > 1:
-                raise StructureError(
-                    f"the state dict holds {int(state[0])} for whether a weight is quantized, not 0 or 1"
-                )
-            super().set_extra_state(state[1:])
-            self.enabled = bool(state[0])  # weights of the float warm-up are float weights, wherever they are loaded
+        if is_placeholder(state):
+            return
+        state = checked_state(state)
+        if state[0] in (0, 1):  # as it was before signs could be frozen: whether it is enabled, and the structure
+            kind, start, end = _ENABLED if state[0] else _DISABLED, 1, len(state)
+        else:
+            kind, start = int(state[0]), 5
+            end = start + int.from_bytes(bytes(state[1:5].tolist()), "little")
+        if kind not in (_DISABLED, _ENABLED, _FROZEN) or not start < end <= len(state):
+            raise StructureError(f"the state dict holds no state of a sign quantizer, but {state.tolist()[:8]} ...")
+        super().set_extra_state(state[start:end])
+        frozen = PackedSigns(state[end:], self.structure, self.shape) if kind == _FROZEN else None
+        self.thaw()
+        self.enabled = kind != _DISABLED  # weights of the float warm-up are float weights, wherever they are loaded
+        if frozen is not None:
+            self.freeze(frozen)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SignQuantizer:
-        mask, self.mask = self.mask, None  # to_empty would leave garbage in it
         super()._apply(fn, recurse)
-        if mask is not None:
-            device = fn(mask.new_empty(0)).device
-            self.mask = mask if device.type == "meta" else mask.to(device)
+        for name in ("mask", "signs"):
+            tensor = getattr(self, name)
+            if tensor is not None and (device := fn(tensor.new_empty(0)).device).type != "meta":
+                setattr(self, name, tensor.to(device))  # the device only: to_empty would leave garbage in it
         return self
 
     @override
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, enabled={self.enabled}"
+        return f"{super().extra_repr()}, enabled={self.enabled}, frozen={self.signs is not None}"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.weights import uncompiled
 
-_REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
+# Registered children, and what `nn.Module.compile` adds, which torch leaves out of copies.
+_NOT_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ def held_beside_children(model: nn.Module) -> Iterator[Holder]:
             continue  # what torch.compile keeps is its own business, also in a copy
         seen: set[int] = set()
         for attribute, value in vars(module).items():
-            if attribute not in _REGISTERED:
+            if attribute not in _NOT_ATTRIBUTES:
                 yield from _held(value, f"{name or type(root).__name__}.{attribute}", False, seen)
         forward = vars(type(module)).get("forward")
         if isinstance(forward, types.FunctionType):
@@ -147,7 +148,7 @@ def _culprit(root: nn.Module, memo: dict[int, Any]) -> str:
     """Which attribute it is that cannot be copied, as a part of a sentence."""
     for name, module in root.named_modules():
         for attribute, value in vars(module).items():
-            if attribute not in _REGISTERED:
+            if attribute not in _NOT_ATTRIBUTES:
                 try:
                     copy.deepcopy(value, dict(memo))
                 except Exception:  # it is the one

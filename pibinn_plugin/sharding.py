@@ -16,16 +16,21 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def part_of(value: Tensor, parameter: Tensor) -> Tensor:
+    """A value that every rank holds whole, on the device of a parameter and spread over the ranks as that is."""
+    value = value.to(parameter.device)
+    if not is_sharded(parameter):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
 @torch.no_grad()
 def assign(parameter: nn.Parameter, value: Tensor) -> None:
     """Overwrite a parameter, or this rank's part of it, with a value that every rank holds whole."""
-    value = value.to(parameter.device, parameter.dtype).reshape(parameter.shape)
-    if is_sharded(parameter):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(parameter, DTensor)
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
+    parameter.copy_(part_of(value.to(parameter.dtype).reshape(parameter.shape), parameter))
 
 
 def reshard(model: nn.Module) -> None:

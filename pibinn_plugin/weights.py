@@ -17,6 +17,7 @@ from pibinn_plugin.errors import ScaleError
 from pibinn_plugin.packed import UnpackSigns, packed_parameters
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale, SignQuantizer
+from pibinn_plugin.sharding import part_of, whole
 from pibinn_plugin.structure import Structure
 
 PACKED = "packed"  # in the place of a scheme's name, for a weight in the packed form
@@ -127,11 +128,39 @@ class OneBitWeight:
             cast(SignQuantizer, rule).enabled = enabled
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether its signs are kept apart from the latent, which no longer decides."""
+        return not self.is_packed and self.quantizer.signs is not None
+
+    def freeze(self, signs: PackedSigns | None = None) -> None:
+        """Keep these signs from now on, or those that it has, whatever is written to the latent.
+
+        Raises:
+            StructureError: the latent is not finite.
+        """
+        signs = signs or self.packed
+        for rule in self.rules:
+            cast(SignQuantizer, rule).freeze(signs)
+
+    def thaw(self) -> None:
+        """Read the signs of the latent again."""
+        for rule in self.rules:
+            cast(SignQuantizer, rule).thaw()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the latent to ±1 where something has moved it across zero since its signs were frozen."""
+        assert self.quantizer.signs is not None
+        signs = part_of(self.quantizer.signs, self.latent)
+        has_its_sign = (signs == 0) | ((self.latent >= 0) == (signs > 0))
+        self.latent.copy_(torch.where(has_its_sign, self.latent, signs.to(self.latent.dtype)))
+
+    @property
     def packed(self) -> PackedSigns:
-        """Its packed signs, made now where it still has a latent. Raises `StructureError` where V is not finite."""
+        """Its packed signs, made now where it is not packed. Raises `StructureError` where a latent is not finite."""
         if self.is_packed:
             return PackedSigns(self.tensor, self.structure, self.shape)
-        return PackedSigns.pack(self.tensor, self.structure, self.shape, self.compact)
+        return self.quantizer.packed(self.tensor if self.is_frozen else whole(self.tensor))
 
 
 # A scheme's name, and what finds the parameters of a module that it holds: their names, tensors and rules.

@@ -93,12 +93,14 @@ def refuse_prepared(model: nn.Module) -> None:
 
 
 def freeze_signs(model: nn.Module) -> nn.Module:
-    """Stage 2: stop training the latents, in place; λ and every float parameter go on.
+    """Stage 2: keep the signs and stop training the latents, in place; λ and every float parameter go on.
 
-    Pending gradients of the latents are dropped: an optimizer step would still move them.
+    The signs are held apart from the latents from now on: whatever an optimizer, an average or anything else still
+    writes to a latent, the weight stays. Pending gradients of the latents are dropped.
 
     Raises:
         PIBiNNError: the model is not prepared.
+        StructureError: a latent is not finite; nothing is frozen then.
 
     Example:
         >>> model = freeze_signs(prepare(nn.Linear(3, 2), {"weight": None}))
@@ -108,7 +110,9 @@ def freeze_signs(model: nn.Module) -> nn.Module:
     weights = quantized_weights(model)
     if not weights:
         raise PIBiNNError("the model has no one-bit weights to freeze; prepare it first")
-    for weight in weights:
+    signs = [weight.packed for weight in weights]  # of all, before any is frozen
+    for weight, kept in zip(weights, signs, strict=True):
+        weight.freeze(kept)
         weight.latent.requires_grad_(False)
         weight.latent.grad = None
     return model

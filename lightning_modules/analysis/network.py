@@ -66,7 +66,7 @@ def one_bit_weights(model: nn.Module) -> list[CompactWeight]:
         if not weight.is_packed:
             parameter = weight.latent
             latent = weight.quantizer.structural(parameter).reshape(weight.structure.compact_shape(weight.shape))
-        signs = weight.packed.signs() if latent is None else torch.where(latent >= 0, 1.0, -1.0)
+        signs = weight.packed.signs()
         found.append(CompactWeight(weight.name, signs, latent, weight.structure, weight.shape, parameter))
     return found
 

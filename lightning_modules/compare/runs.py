@@ -123,7 +123,7 @@ def _place_quantizer(cli: SolverCLI, run: Run) -> None:
     if not places:
         raise MisconfigurationException("without qat (--float_twin true) there are no targets to compare quantizers on")
     qat: Any = callbacks[places[0]]
-    row, start, solution = run.row.quantizer, qat.sign_stage_start, run.start or "box"
+    row, start, solution = run.row.quantizer, qat.schedule.sign_stage_start, run.start or "box"
     if row != "global":
         callbacks[places[0]] = BaselineQAT(qat.targets, row, start, qat.initialization, solution)  # type: ignore[arg-type]
     if row == "parq":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
 
@@ -19,8 +20,9 @@ def write(packed: nn.Module, args: tuple[Tensor, ...], path: Path) -> None:
     """Write the archive."""
     program = program_of(packed, args)
     program._example_inputs = None  # else the batch becomes a part of the file
-    torch.export.save(program, path)
-    _compress_texts(path)
+    # In memory first: torch ends the whole process where a disk is full.
+    torch.export.save(program, archive := io.BytesIO())
+    path.write_bytes(_with_compressed_texts(archive))
 
 
 def runner(path: Path) -> Runner:
@@ -29,11 +31,11 @@ def runner(path: Path) -> Runner:
     return lambda inputs: pytree.tree_leaves(module(*inputs))
 
 
-def _compress_texts(path: Path) -> None:
+def _with_compressed_texts(archive: io.BytesIO) -> bytes:
     """Compress the JSON of the archive: torch stores it as it is, and it takes more bytes than one-bit weights do."""
-    with zipfile.ZipFile(path) as archive:
-        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in entries:
-            method = zipfile.ZIP_DEFLATED if name.endswith(".json") else zipfile.ZIP_STORED
-            archive.writestr(zipfile.ZipInfo(name), content, method, compresslevel=9)
+    compressed = io.BytesIO()
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(compressed, "w") as target:
+        for entry in source.infolist():
+            method = zipfile.ZIP_DEFLATED if entry.filename.endswith(".json") else zipfile.ZIP_STORED
+            target.writestr(zipfile.ZipInfo(entry.filename), source.read(entry), method, compresslevel=9)
+    return compressed.getvalue()

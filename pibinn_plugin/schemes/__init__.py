@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from pibinn_plugin.errors import PIBiNNError
+from pibinn_plugin.schemes import (
+    native as native,
+)  # needs torch only; and a model unpickled in a new process names none
 from pibinn_plugin.schemes.base import LOADED, Scheme
 from pibinn_plugin.weights import PACKED, Place
 

@@ -171,8 +171,10 @@ class _ReadsAsW(WeightReadsAsW):
         quantizer = getattr(proxy, "sign_quantizer", None)
         if quantizer is None:  # another quantizer took its place
             return latent
-        if proxy.export_mode:  # a handler quantizes, for the layer and for whoever else reads its weight
-            return latent if self._is_quantizing else self.quant_weight().value
+        if proxy.export_mode and not self._is_quantizing:  # read outside the layer, or beside its product
+            return self.quant_weight().value
+        if proxy.export_mode:  # a handler quantizes
+            return latent if quantizer.signs is None else quantizer.signs.to(latent)
         return quantizer.masked(latent) if proxy.disable_quant else quantizer(latent)
 
 

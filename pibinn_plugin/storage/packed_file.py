@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from pibinn_plugin.errors import ArtifactError, PIBiNNError, ScaleError
@@ -148,10 +148,11 @@ def save(model: nn.Module, path: str | Path, inputs: Mapping[str, Any] | None = 
     said = {"solver": network.solver, "inputs": network.inputs, "operators": network.operators}
     header = header_text(fields | {name: value for name, value in said.items() if value}, tensors)
     try:
-        with atomic_file(path) as partial:
-            save_file(tensors, partial, metadata={"pibinn": header})
+        content = serialized(tensors, metadata={"pibinn": header})
     except (SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(f"the model holds a tensor that a safetensors file cannot: {error}") from error
+    with atomic_file(path) as partial:
+        partial.write_bytes(content)
     return Path(path)
 
 

@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from full_disk import full_disk
 
 import pibinn_plugin as pb
 from lightning_modules.cli import main
@@ -104,9 +105,78 @@ def test_a_structure_can_be_named(run):
     run("fit", "--qat.targets", f'{{"solver.layers.*.weight": {structure}}}', "--trainer.max_epochs", "1")
 
 
+def test_a_run_is_never_replaced(run, capsys):
+    run("fit", "--trainer.max_epochs", "1")
+    before = Path("run/checkpoints/last.ckpt").read_bytes()
+    other = Path("other.ckpt")
+    other.write_bytes(before)
+    for options in ([], ["--ckpt_path", "other.ckpt"]):
+        with pytest.raises(SystemExit) as exit:
+            run("fit", *options)
+        assert exit.value.code == 2
+        assert "--ckpt_path last goes on with it" in capsys.readouterr().err
+    run("fit", "--trainer.fast_dev_run", "true")  # writes nothing
+    assert "checkpoint:" not in capsys.readouterr().out
+    assert Path("run/checkpoints/last.ckpt").read_bytes() == before
+    run("fit", "--ckpt_path", "last")
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 3
+
+
+@pytest.mark.parametrize("content", ["text", "truncated", "of another config", "not of training"])
+def test_a_checkpoint_that_does_not_fit_is_one_line(run, capsys, content):
+    run("fit", "--trainer.max_epochs", "1")
+    path, options = Path("given.ckpt"), []
+    checkpoint = Path("run/checkpoints/last.ckpt").read_bytes()
+    if content == "text":
+        path.write_text("epoch,loss\n" * 99)
+    elif content == "not of training":
+        torch.save({"weight": torch.ones(2)}, path)
+    else:
+        path.write_bytes(checkpoint[: len(checkpoint) // 2] if content == "truncated" else checkpoint)
+    if content == "of another config":
+        options = ["--model.solver.init_args.layers", "4"]
+    capsys.readouterr()
+    for verb in ("fit", "test", "validate", "convert"):
+        folder = ["--trainer.default_root_dir", "elsewhere"]
+        with pytest.raises(SystemExit) as exit:
+            run(verb, "--ckpt_path", str(path), *options, *folder)
+        assert exit.value.code == 2
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert "another network than this one" in error if options else "no checkpoint of a training run" in error
+        assert len(error) < 700
+    assert Path("run/checkpoints/last.ckpt").read_bytes() == checkpoint
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(run, capsys):
+    run("fit", "--trainer.max_epochs", "1")
+    checkpoint = Path("run/checkpoints/last.ckpt").read_bytes()
+    capsys.readouterr()
+    formats = ["onnx", "pt2", "qonnx"]
+    for verb, options, limit in [
+        ("fit", ["--ckpt_path", "last"], 9000),
+        ("convert", [], 300),
+        *(("export", ["--format", format], 1000) for format in formats),
+    ]:
+        with full_disk(limit), pytest.raises(SystemExit) as exit:
+            run(verb, *options)
+        assert exit.value.code == 2, verb
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert "File too large" in error
+    assert Path("run/checkpoints/last.ckpt").read_bytes() == checkpoint
+    assert {path.name for path in Path("run").iterdir()} == {"checkpoints", "lightning_logs"}
+
+
+def test_a_folder_that_is_a_file_is_one_line(run, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run("fit", "--trainer.default_root_dir", "small.yaml")
+    assert exit.value.code == 2
+    assert "error: [Errno 20] Not a directory: '" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("verb", "options", "words"),
     [
+        ("fit", ["--trainer.max_epoch", "3"], "unrecognized arguments: --trainer.max_epoch"),
         ("test", [], "there is no checkpoint run/checkpoints/last.ckpt: run fit first"),
         ("convert", ["--float_twin", "true"], "float twin has no one-bit weights"),
         ("fit", ["--qat.targets", "{'solver.nothing.*': null}"], "matches no parameter"),

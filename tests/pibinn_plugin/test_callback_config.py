@@ -66,7 +66,7 @@ def test_a_config_names_every_argument_and_survives_printing(tmp_path):
             "layers.2.weight": None,
             "layers.4.weight": pb.Mask(torch.eye(4, 8) + torch.eye(4, 8).roll(1, 1) + corner()),
         }
-        starts = (callback.sign_stage_start, callback.scale_stage_start)
+        starts = (callback.schedule.sign_stage_start, callback.schedule.scale_stage_start)
         assert (callback.scheme, *starts) == ("torchao", 1, 0.5)
         assert [type(start) for start in starts] == [int, float]
     cli.trainer.fit(cli.model)

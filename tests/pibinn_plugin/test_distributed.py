@@ -47,6 +47,7 @@ def latents(state):
     [
         ("ddp", "one"),
         ("ddp_bucket_views", "one"),
+        ("ddp_unused", "one"),
         ("ddp_accumulating", "one_accumulating"),
         ("fsdp", "one"),
         ("fsdp_root", "one"),
@@ -87,6 +88,24 @@ def test_resuming_repeats_in_every_stage(runs, run, epochs):
                 assert greatest_difference(state, whole["states"][later]) == 0
             assert resumed["losses"] == whole["losses"][-len(resumed["losses"]) :]
             assert resumed["metrics"] == whole["metrics"]
+
+
+@pytest.mark.parametrize("epoch", [1, 3, 4])
+@pytest.mark.parametrize(("run", "whole"), [("ddp_from_one", "one"), ("one_from_ddp", "ddp")])
+def test_resuming_on_another_number_of_ranks(runs, run, whole, epoch):
+    resumed, expected = load(runs, f"{run}_{epoch}"), load(runs, whole)
+    for later in range(epoch + 1, EPOCHS):
+        assert greatest_difference(resumed["states"][later], expected["states"][later]) < ROUNDING
+    assert resumed["metrics"] == pytest.approx(expected["metrics"], abs=ROUNDING)
+
+
+def test_forked_ranks_train_a_prepared_module_and_refuse_another(runs):
+    messages = torch.load(runs / "fork_messages.pt", weights_only=True)
+    assert "MisconfigurationException: this strategy trains copies of the module" in messages["not_prepared"]
+    assert "before fit" in messages["not_prepared"]
+    assert messages["is_prepared"] == "False"
+    trained = torch.load(runs / "forked.pt", weights_only=True)
+    assert greatest_difference(trained, load(runs, "ddp")["states"][EPOCHS - 1]) < ROUNDING
 
 
 def test_schemes_agree_when_sharded(runs):

@@ -20,7 +20,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import ModelParallelStrategy
 from train_and_die import quiet_trainer
-from two_stage import EPOCHS, HalfShardedModule, RootShardedModule, ShardedModule, SmallModule, callback
+from two_stage import EPOCHS, TARGETS, HalfShardedModule, RootShardedModule, ShardedModule, SmallModule, callback
 
 import pibinn_plugin as pb
 
@@ -161,9 +161,31 @@ def wait(children: list[int]) -> None:
         raise SystemExit("a rank failed")
 
 
+def other_numbers_of_ranks() -> None:
+    for epoch in (1, 3, 4):
+        train(f"ddp_from_one_{epoch}", SmallModule(), f"one/epoch={epoch}.ckpt", **TWO_RANKS)
+    unused = {"strategy": pl.strategies.DDPStrategy(find_unused_parameters=True)}
+    train("ddp_unused", SmallModule(), **TWO_RANKS | unused)
+
+
+def one_rank_from_two() -> None:
+    for epoch in (1, 3, 4):
+        train(f"one_from_ddp_{epoch}", SmallModule(), f"ddp/epoch={epoch}.ckpt")
+    # Lightning's own launcher starts these ranks.
+    fork_ranks = {"devices": 2, "strategy": "ddp_fork"}
+    module, messages = SmallModule(), {}
+    messages["not_prepared"] = message_of(lambda: quiet_trainer(callbacks=[callback()], **fork_ranks).fit(module))
+    messages["is_prepared"] = str(any("parametrizations" in name for name, _ in module.named_parameters()))
+    leave("fork_messages", messages)
+    pb.prepare(module, TARGETS)
+    quiet_trainer(max_epochs=EPOCHS, callbacks=[callback()], **fork_ranks).fit(module)
+    leave("forked", module.state_dict())
+
+
 def main() -> None:
     os.chdir(Path(sys.argv[1]))
     wait([fork(one_rank), *fork_two_ranks(ddp)])
+    wait([fork(one_rank_from_two), *fork_two_ranks(other_numbers_of_ranks)])
     wait(fork_two_ranks(fsdp))
 
 
