@@ -101,9 +101,26 @@ class SolverTrainer(pl.Trainer):
         ckpt_path: str | Path | None = "last",
         verbose: bool = True,
         datamodule: pl.LightningDataModule | None = None,
+        packed: str | Path | None = None,
     ) -> list[Mapping[str, float]]:
-        """Evaluate a checkpoint on the test set: ``last``, a path, or None for the model as it is."""
-        return super().test(model, dataloaders, self._checkpoint(ckpt_path), verbose, datamodule)
+        """Evaluate on the test set.
+
+        Args:
+            model: The module that was trained.
+            dataloaders: In the place of a datamodule.
+            ckpt_path: ``last``, the path of a checkpoint, or None for the model as it is.
+            verbose: Whether the results are printed.
+            datamodule: Its data.
+            packed: A packed file of the solver, in the place of a checkpoint.
+        """
+        if packed is None:
+            return super().test(model, dataloaders, self._checkpoint(ckpt_path), verbose, datamodule)
+        if not isinstance(model, SolverModule) or ckpt_path not in ("last", None):
+            raise MisconfigurationException("packed= takes a SolverModule, and no checkpoint beside it")
+        pb.load(packed, into=model.solver)
+        # Nothing is left to quantize, and nothing to train.
+        self.callbacks = [each for each in self.callbacks if not isinstance(each, pb.TwoStageQAT)]
+        return super().test(model, dataloaders, None, verbose, datamodule)
 
     def convert(
         self,
@@ -118,10 +135,10 @@ class SolverTrainer(pl.Trainer):
             model: The module that was trained.
             ckpt_path: ``last``, or the path of a checkpoint.
             output: The packed file; ``<default_root_dir>/solver.safetensors`` unless given.
-            datamodule: Not read: LightningCLI hands it to every verb.
+            datamodule: Its data, whose ``inputs`` the file states, for ``apply``.
         """
         packed = self._packed_solver(model, ckpt_path)
-        path = pb.save(packed, output or self.packed_file)
+        path = pb.save(packed, output or self.packed_file, getattr(datamodule, "inputs", None))
         print(pb.summary(packed))
         print(f"packed file: {path} ({path.stat().st_size:,} bytes)")
         return path
