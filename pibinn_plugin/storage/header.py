@@ -117,9 +117,7 @@ def _header_of(fields: dict[str, Any]) -> Header:
         return Header(version, structures, old)
     if sum(count(_text(entry[0])) for entry in layers) > _MOST_LAYERS or any(count(entry[0]) < 1 for entry in layers):
         raise ValueError(f"more than {_MOST_LAYERS} layers, or a range of none")
-    found = [
-        Layer(expand(name), tuple(map(_size, shape)), number, _size(nnz + 1) - 1) for name, shape, number, nnz in layers
-    ]
+    found = [Layer(expand(name), tuple(map(_size, shape)), number, _count(nnz)) for name, shape, number, nnz in layers]
     if type(solver := fields.get("solver")) not in (dict, type(None)):
         raise TypeError(f"{short(solver)} is no recipe")
     operators = checked_probes(fields.get("operators", {}))
@@ -135,8 +133,14 @@ def _text(value: Any) -> str:
 
 
 def _size(value: Any) -> int:
-    if type(value) is not int or not 0 < value < 2**40:
+    if type(value) is not int or value < 1:
         raise TypeError(f"{value!r} is not a size")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**40:
+        raise TypeError(f"{value!r} is no number of signs")
     return value
 
 
