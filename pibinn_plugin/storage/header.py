@@ -83,7 +83,7 @@ def read_header(path: str | Path, metadata: str, tensors: Mapping[str, Tensor]) 
         if type(version) is not int or version not in READABLE:
             raise ArtifactError(f"{path} has format version {version!r:.40}; this pibinn_plugin reads {READABLE}")
         header = _header_of(fields)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{path}: the JSON metadata is malformed: {error!r}") from error

@@ -333,6 +333,8 @@ BAD_4 = {
     "a range of 10^9": (entry(0, 0, "solver.layers.{0..999999999}.weight"), "more than 1048576 layers"),
     "a range over another": (entry(1, 0, "solver.layers.1.weight"), "twice"),
     "no number of signs": (lambda t, h: h["layers"][0].pop(), "malformed"),
+    "an entry of nothing": (lambda t, h: h["layers"].append([]), "malformed"),
+    "a name in an entry's place": (lambda t, h: h["layers"].append("last.weight"), "malformed"),
     "no digest": (lambda t, h: h.pop("digest"), "malformed"),
     "a recipe of text": (lambda t, h: h.update(solver="os.system"), "is no recipe"),
     "nested inputs": (lambda t, h: h.update(inputs={"kind": {}}), "expected names with numbers or text"),
