@@ -53,10 +53,10 @@ def apply(
 
     Example:
         >>> import pibinn_plugin as pb
+        >>> from lightning_modules.data.eegdenoisenet import EEGDenoiseNet
         >>> from lightning_modules.solvers.hidden_lista import HiddenLISTA
         >>> solver = pb.convert(pb.prepare(HiddenLISTA(channels=8, layers=2), {"*convolution*.weight": None}))
-        >>> inputs = {"kind": "signal", "sampling_rate": 256.0, "unit": "µV", "window": 512}
-        >>> path = pb.save(solver, f"{tmp_path}/net.safetensors", inputs=inputs)
+        >>> path = pb.save(solver, f"{tmp_path}/net.safetensors", inputs=EEGDenoiseNet("folder").inputs)
         >>> apply(path, 20 * torch.randn(2000).numpy(), sampling_rate=256).shape
         (2000,)
     """
@@ -92,7 +92,7 @@ def _checked_inputs(packed: str | Path) -> dict[str, Any]:
 
 
 _INPUTS: dict[str, dict[str, tuple[type, ...]]] = {
-    "signal": {"sampling_rate": (float, int), "unit": (str,), "window": (int,)},
+    "signal": {"sampling_rate": (float, int), "unit": (str,), "window": (int,), "normalisation": (str,)},
     "image": {},
     "measurements": {"size": (int,), "deviation": (float, int)},
     "blocks": {"size": (int,), "deviation": (float, int)},

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_modules.apply.arrays import Progress, check_finite, in_batches
 from lightning_modules.data.files import DataFileError
+from pibinn_plugin.errors import ArtifactError
 
 __all__ = ["apply_to_signals", "windows_of"]
 
@@ -34,14 +35,15 @@ def apply_to_signals(
 ) -> npt.NDArray[Any]:
     """Clean signals.
 
-    Each window is divided by its standard deviation, as in training, and multiplied by it afterwards. Windows overlap
-    by half; where they do, their answers are mixed with weights of a Hann window. A signal of exactly one window is
-    answered as in training.
+    The signal is brought to the unit of the network, and back afterwards; so is each window to a standard deviation
+    of one, where the network was trained so. Windows overlap by half; where they do, their answers are mixed with
+    weights of a Hann window. A signal of exactly one window is answered as in training.
 
     Args:
         network: maps windows, shape (windows, samples), to windows.
         array: shape (samples,), or (channels, samples) for independent channels.
-        inputs: ``sampling_rate`` in Hz, ``unit``, ``window`` in samples.
+        inputs: ``sampling_rate`` in Hz, ``unit``, ``window`` in samples, ``normalisation``: ``"deviation"`` of each
+            window, or ``"none"``.
         sampling_rate: of the array, in Hz.
         unit: of the array; that of ``inputs`` unless given.
         source: where the array is from, for errors.
@@ -53,16 +55,20 @@ def apply_to_signals(
     Raises:
         DataFileError: another sampling rate, an unknown unit, values that are not of that unit, not finite or not
             of one or two dimensions.
+        ArtifactError: an unknown normalisation.
     """
     if array.ndim not in (1, 2):
         remedy = "Put the samples on the last axis, channels before it."
         raise DataFileError(source, f"shape {array.shape}", "(samples,) or (channels, samples)", remedy)
     _check_rate(sampling_rate, inputs["sampling_rate"], source)
     check_finite(array, source)
-    _check_unit(array, unit, inputs["unit"], source)
-    signals = torch.from_numpy(np.ascontiguousarray(array)).reshape(-1, array.shape[-1])
-    cleaned = torch.stack([_clean(network, signal.double(), inputs["window"], progress) for signal in signals])
-    return cleaned.numpy().reshape(array.shape).astype(array.dtype)
+    factor = _units(array, unit, inputs["unit"], source)
+    if (normalisation := inputs["normalisation"]) not in ("deviation", "none"):
+        raise ArtifactError(f"the file has the normalisation {normalisation!r}; expected 'deviation' or 'none'")
+    signals = torch.from_numpy(np.ascontiguousarray(array)).reshape(-1, array.shape[-1]).double() * factor
+    is_divided = normalisation == "deviation"
+    cleaned = torch.stack([_clean(network, signal, inputs["window"], is_divided, progress) for signal in signals])
+    return (cleaned / factor).numpy().reshape(array.shape).astype(array.dtype)
 
 
 def windows_of(length: int, window: int) -> list[int]:
@@ -75,7 +81,7 @@ def windows_of(length: int, window: int) -> list[int]:
     return [*range(0, length - window, max(window // 2, 1)), length - window]
 
 
-def _clean(network: nn.Module, signal: Tensor, window: int, progress: Progress) -> Tensor:
+def _clean(network: nn.Module, signal: Tensor, window: int, is_divided: bool, progress: Progress) -> Tensor:
     length = len(signal)
     if length < window:  # mirrored at its end, again and again, until it fills a window
         signal = torch.cat([signal, signal.flip(0)]).repeat(window // (2 * length) + 1)[:window]
@@ -83,7 +89,7 @@ def _clean(network: nn.Module, signal: Tensor, window: int, progress: Progress) 
     places = starts[:, None] + torch.arange(window)
     windows = signal[places]
     deviations = windows.std(1, correction=0, keepdim=True)
-    deviations = torch.where(deviations > 0, deviations, 1.0)  # a flat window
+    deviations = torch.where((deviations > 0) & is_divided, deviations, 1.0)  # none of a flat window
     answers = in_batches(network, (windows / deviations).float(), _BATCH, progress).double() * deviations
     weights = torch.hann_window(window + 2, periodic=False, dtype=torch.float64)[1:-1].expand_as(answers)
     total = torch.zeros_like(signal).index_put_((places,), weights, accumulate=True)
@@ -100,14 +106,16 @@ def _check_rate(given: float | None, expected: float, source: Path) -> None:
         raise DataFileError(source, f"a sampling rate of {given:g} Hz", f"{expected:g} Hz", remedy)
 
 
-def _check_unit(array: npt.NDArray[Any], given: str | None, expected: str, source: Path) -> None:
-    unit = _MICRO.get(given or expected, given or expected)
-    if unit not in _VOLTS:
-        remedy = "Convert it."
-        raise DataFileError(source, f"the unit {unit!r}", f"one of {', '.join(_VOLTS)}", remedy)
+def _units(array: npt.NDArray[Any], given: str | None, expected: str, source: Path) -> float:
+    """How many of the expected unit the given one is, once it is plausible that the array is in it."""
+    unit, expected = (_MICRO.get(name, name) for name in (given or expected, expected))
+    for name in (unit, expected):
+        if name not in _VOLTS:
+            raise DataFileError(source, f"the unit {name!r}", f"one of {', '.join(_VOLTS)}", "Convert it.")
     deviation = float(np.std(array.astype(np.float64)))
     lowest, highest = (bound / _VOLTS[unit] for bound in _PLAUSIBLE_VOLTS)
     if deviation > 0 and not lowest <= deviation <= highest:
         found = f"values of standard deviation {deviation:.3g}"
         remedy = f"Say which unit it is: --unit {' or '.join(_VOLTS)}."
         raise DataFileError(source, found, f"a signal in {unit}, from {lowest:g} to {highest:g}", remedy)
+    return _VOLTS[unit] / _VOLTS[expected]

@@ -206,7 +206,13 @@ class EEGDenoiseNet(pl.LightningDataModule):
     @property
     def inputs(self) -> dict[str, str | float]:
         """What a network of this data takes in, for the packed file: windows divided by their standard deviation."""
-        return {"kind": "signal", "sampling_rate": SAMPLING_RATE, "unit": "µV", "window": SAMPLES}
+        return {
+            "kind": "signal",
+            "sampling_rate": SAMPLING_RATE,
+            "unit": "µV",
+            "window": SAMPLES,
+            "normalisation": "deviation",
+        }
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split the files, once."""

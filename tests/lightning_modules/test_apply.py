@@ -26,7 +26,7 @@ from lightning_modules.solvers.coupled_ista import CoupledISTA
 from lightning_modules.solvers.hidden_lista import HiddenLISTA
 from lightning_modules.solvers.support_lista import SupportLISTA
 
-SIGNAL = {"kind": "signal", "sampling_rate": 256.0, "unit": "µV", "window": 512}
+SIGNAL = {"kind": "signal", "sampling_rate": 256.0, "unit": "µV", "window": 512, "normalisation": "deviation"}
 OPERATOR = SignBlocks(2, 8, 16)
 SOLVERS = {
     "signal": (lambda: HiddenLISTA(channels=8, layers=2), SIGNAL),
@@ -101,6 +101,19 @@ def test_the_answer_is_in_the_unit_of_the_signal(files):
     in_volts = apply(path, noisy * 1e-6, sampling_rate=256.0, unit="V")
     np.testing.assert_allclose(in_volts * 1e6, cleaned, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(apply(path, noisy[1], sampling_rate=256, unit="uV"), cleaned[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit", ["V", "mV", "µV", None])
+def test_a_network_without_normalisation_sees_its_own_unit(unit):
+    class Clips(nn.Module):
+        def forward(self, windows):
+            return windows.clamp(-10, 10)
+
+    volts = {"V": 1.0, "mV": 1e-3, "µV": 1e-6, None: 1e-6}[unit]
+    microvolts = recording(700, dtype=np.float64)
+    inputs = SIGNAL | {"normalisation": "none"}
+    clipped = apply_to_signals(Clips(), microvolts * 1e-6 / volts, inputs, 256.0, unit, Path("x"), no_progress)
+    np.testing.assert_allclose(clipped, microvolts.clip(-10, 10) * 1e-6 / volts, rtol=1e-5)
 
 
 def test_a_signal_with_flat_parts_has_finite_answers(files):
@@ -237,6 +250,7 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_written(files, tmp
         (SIGNAL | {"window": 0}, "window=0"),
         (SIGNAL | {"window": 100}, "does not take in data of shape"),
         ({"kind": "signal"}, "sampling_rate=None"),
+        (SIGNAL | {"normalisation": "largest"}, "the normalisation 'largest'"),
         (SIGNAL | {"unit": 3}, "unit=3"),
     ],
 )
