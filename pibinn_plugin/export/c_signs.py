@@ -61,7 +61,7 @@ def _constant(found: re.Match[str], readers: list[tuple[str, int]], nodes: dict[
         return as_it_is
     values = _values(found[4])
     magnitudes = numpy.unique(numpy.abs(values[values != 0]))
-    if len(magnitudes) != 1 or not numpy.isfinite(magnitudes[0]):
+    if len(values) != math.prod(shape) or len(magnitudes) != 1 or not numpy.isfinite(magnitudes[0]):
         return as_it_is
     bits = numpy.packbits(values > 0, bitorder="little")
     mask = len(bits) if (values == 0).any() else None
