@@ -177,7 +177,9 @@ def stored_size(path: str | Path) -> StoredSize:
         ArtifactError: the file is of neither kind, or damaged.
         FileNotFoundError: there is no such file.
     """
-    _, tensors = _read(path)
+    header, tensors = _read(path)
+    if not isinstance(header, dict) or not isinstance(header.get("layers"), list):
+        raise ArtifactError(f"{path} is not a packed file: its header has no layers")
     of_weights = (value for key, value in tensors.items() if key.startswith(("baseline.", "pibinn.")))
     return StoredSize(Path(path).stat().st_size, 8 * sum(value.numel() * value.element_size() for value in of_weights))
 
@@ -190,7 +192,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
         return json.loads(metadata.get("baseline") or metadata["pibinn"]), tensors
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a packed file: {error!r}") from error
 
 

@@ -159,11 +159,13 @@ class _ReadsAsW(WeightReadsAsW):
 
     def quant_weight(self, *args: Any, **kwargs: Any) -> Any:
         """W as Brevitas' own quantized tensor, from the latent, which it asks for as ``weight``."""
+        if not getattr(self.weight_quant, "export_mode", False):  # nothing to tell apart, and nothing for dynamo to see
+            return super().quant_weight(*args, **kwargs)  # type: ignore[misc]
         self._is_quantizing = True
         try:
             return super().quant_weight(*args, **kwargs)  # type: ignore[misc]
         finally:
-            del self._is_quantizing
+            self._is_quantizing = False
 
     @override
     def weight_of_latent(self, latent: Tensor) -> Tensor:
