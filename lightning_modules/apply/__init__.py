@@ -87,7 +87,8 @@ def _checked_inputs(packed: str | Path) -> dict[str, Any]:
     for name, kinds in needed.items():
         value: Any = inputs.get(name)
         if type(value) not in kinds or (type(value) is not str and not value > 0):
-            raise ArtifactError(f"{packed}: its inputs have {name}={value!r}; expected {kinds[0].__name__}, above 0")
+            expected = "text" if str in kinds else "a positive number"
+            raise ArtifactError(f"{packed}: its inputs have {name}={value!r}; expected {expected}: convert it again")
     return inputs
 
 
