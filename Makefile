@@ -1,7 +1,7 @@
 # Every target builds the environment in .venv first, and builds it again when pyproject.toml, constraints.txt or the
 # sources of the native kernel changed.
 PYTHON ?= python3
-EXTRAS := torchao,brevitas,lightning,export,plot,docs,dev
+EXTRAS := torchao,brevitas,lightning,export,c,plot,docs,dev
 ENVIRONMENT := .venv/environment.stamp
 
 # The tests whose results depend on the path of the kernel, and all paths, best first.

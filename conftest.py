@@ -8,7 +8,8 @@ import pytest
 import torch
 
 # Too heavy for every environment, and a module that cannot be imported stops the collection of examples.
-collect_ignore = [] if importlib.util.find_spec("executorch") else ["pibinn_plugin/export/executorch.py"]
+_OPTIONAL = {"executorch": "pibinn_plugin/export/executorch.py", "emx_onnx_cgen": "pibinn_plugin/export/c.py"}
+collect_ignore = [path for package, path in _OPTIONAL.items() if importlib.util.find_spec(package) is None]
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from pibinn_plugin.storage.recipe import records_arguments
+
 __all__ = ["BlockPatterns", "ImageOperator", "LearnedBlockPatterns", "block_adjoint", "block_measure"]
 
 
@@ -116,6 +118,7 @@ class _BlockOperator(nn.Module):
         return block_adjoint(torch.linalg.solve(seen @ patterns.T + noise, seen), y)
 
 
+@records_arguments
 class BlockPatterns(_BlockOperator):
     """Independent patterns of pixels ±1/block, of unit norm, from a seed: block compressed sensing.
 
@@ -148,6 +151,7 @@ class BlockPatterns(_BlockOperator):
         return self.patterns
 
 
+@records_arguments
 class LearnedBlockPatterns(_BlockOperator):
     """Patterns that are not known and have to be learned: A and Aᵀ with a trained `weight` of one row a pattern.
 

@@ -1,9 +1,10 @@
-"""The command line: LightningCLI's ``fit``, ``validate``, ``test``, ``predict``; and four more.
+"""The command line: LightningCLI's ``fit``, ``validate`` and ``test``; and four more.
 
 ``convert`` packs a trained solver, ``export`` writes it for another runtime, ``summary`` says where its bytes are,
 ``analyze`` what can be guaranteed of it.
 
-``compare`` is a command of its own: see `lightning_modules.compare.command`.
+``compare`` and ``apply`` are commands of their own: see `lightning_modules.compare.command` and
+`lightning_modules.apply.command`.
 
 ``python -m lightning_modules fit --config configs/eeg_eog.yaml``; any value of the YAML can be overridden by an option,
 ``--print_config`` shows the whole configuration, and ``fit --ckpt_path last`` resumes a run that was stopped.
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.apply.command import main as apply
 from lightning_modules.compare.command import main as compare
 from lightning_modules.data.files import DataFileError
 from lightning_modules.modules import SolverModule
@@ -40,6 +42,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if arguments[:1] == ["compare"]:
             return compare(arguments[1:])
+        if arguments[:1] == ["apply"]:
+            return apply(arguments[1:])
         SolverCLI(
             SolverModule,
             trainer_class=SolverTrainer,

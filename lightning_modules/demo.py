@@ -81,7 +81,7 @@ def main() -> None:
     console.rule("3/3  convert, save, load back")
     packed = pb.convert(one_bit.solver)
     packed_file = pb.save(packed, FOLDER / "one_bit.safetensors")
-    loaded = pb.load(packed_file, into=build_solver())
+    loaded = pb.load(packed_file)  # it says how its solver is built
     report = pb.summary(loaded)
     print(report)
     table = Table(title="sparse recovery, 512 unknowns from 256 measurements at 40 dB")

@@ -55,7 +55,8 @@ class SolverCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         own = {verb: {"model", "datamodule"} for verb in ("convert", "export", "summary", "analyze")}
-        return {**LightningCLI.subcommands(), **own}
+        # Not predict: `apply` takes a packed file and data that no datamodule describes.
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"} | own
 
     @override
     def before_instantiate_classes(self) -> None:

@@ -16,6 +16,7 @@ import pibinn_plugin as pb
 from lightning_modules.checkpointing import read_checkpoint
 from lightning_modules.modules import SolverModule
 from pibinn_plugin.export import FORMATS
+from pibinn_plugin.export.c_compiler import memory_report
 from pibinn_plugin.export.sizes import export_sizes
 
 if TYPE_CHECKING:
@@ -100,9 +101,26 @@ class SolverTrainer(pl.Trainer):
         ckpt_path: str | Path | None = "last",
         verbose: bool = True,
         datamodule: pl.LightningDataModule | None = None,
+        packed: str | Path | None = None,
     ) -> list[Mapping[str, float]]:
-        """Evaluate a checkpoint on the test set: ``last``, a path, or None for the model as it is."""
-        return super().test(model, dataloaders, self._checkpoint(ckpt_path), verbose, datamodule)
+        """Evaluate on the test set.
+
+        Args:
+            model: The module that was trained.
+            dataloaders: In the place of a datamodule.
+            ckpt_path: ``last``, the path of a checkpoint, or None for the model as it is.
+            verbose: Whether the results are printed.
+            datamodule: Its data.
+            packed: A packed file of the solver, in the place of a checkpoint.
+        """
+        if packed is None:
+            return super().test(model, dataloaders, self._checkpoint(ckpt_path), verbose, datamodule)
+        if not isinstance(model, SolverModule) or ckpt_path not in ("last", None):
+            raise MisconfigurationException("packed= takes a SolverModule, and no checkpoint beside it")
+        pb.load(packed, into=model.solver)
+        # Nothing is left to quantize, and nothing to train.
+        self.callbacks = [each for each in self.callbacks if not isinstance(each, pb.TwoStageQAT)]
+        return super().test(model, dataloaders, None, verbose, datamodule)
 
     def convert(
         self,
@@ -117,10 +135,10 @@ class SolverTrainer(pl.Trainer):
             model: The module that was trained.
             ckpt_path: ``last``, or the path of a checkpoint.
             output: The packed file; ``<default_root_dir>/solver.safetensors`` unless given.
-            datamodule: Not read: LightningCLI hands it to every verb.
+            datamodule: Its data, whose ``inputs`` the file states, for ``apply``.
         """
         packed = self._packed_solver(model, ckpt_path)
-        path = pb.save(packed, output or self.packed_file)
+        path = pb.save(packed, output or self.packed_file, getattr(datamodule, "inputs", None))
         print(pb.summary(packed))
         print(f"packed file: {path} ({path.stat().st_size:,} bytes)")
         return path
@@ -129,7 +147,7 @@ class SolverTrainer(pl.Trainer):
         self,
         model: SolverModule,
         datamodule: pl.LightningDataModule,
-        format: Literal["onnx", "qonnx", "qcdq", "pt2", "aoti", "executorch"] = "onnx",
+        format: Literal["onnx", "qonnx", "qcdq", "pt2", "aoti", "executorch", "c"] = "onnx",
         ckpt_path: str | Path = "last",
         output: str | Path | None = None,
     ) -> Path:
@@ -144,8 +162,12 @@ class SolverTrainer(pl.Trainer):
         """
         packed = self._packed_solver(model, ckpt_path)
         path = Path(output or self._exported_file(format))
-        pb.export(packed, path, (_measurements(datamodule),), format)
+        measurements = _measurements(datamodule)
+        # A device takes one measurement at a time, and every array of a C file has its size.
+        pb.export(packed, path, (measurements[:1] if format == "c" else measurements,), format)
         print(f"{format} file: {path} ({path.stat().st_size:,} bytes)")
+        if format == "c":
+            print(memory_report(path))
         return path
 
     def summary(self, model: SolverModule, datamodule: pl.LightningDataModule | None = None) -> pb.Summary:
@@ -162,7 +184,8 @@ class SolverTrainer(pl.Trainer):
             size = self.packed_file.stat().st_size
             header = size - report.total_bytes
             print(f"packed file: {self.packed_file} ({size:,} bytes, of which {header:,} are its header)")
-        formats = [format for format in FORMATS if self._exported_file(format).is_file()]
+        # A C file is source code: its bytes are not those on the device, which ``export`` prints.
+        formats = [format for format in FORMATS if format != "c" and self._exported_file(format).is_file()]
         if formats and datamodule is not None:
             print("\nformat        bytes    float twin    float twin / this    this / stored")
             for entry in export_sizes(model.solver, (_measurements(datamodule),), formats):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pibinn_plugin.callback import TwoStageQAT
     from pibinn_plugin.initialization import SignsFromOperator, SignsFromPairs, start_float_weights
     from pibinn_plugin.storage.packed_file import load, save
+    from pibinn_plugin.storage.recipe import records_arguments
     from pibinn_plugin.storage.summary import Summary, summary
 
 # Imported when used: most bring safetensors or Lightning.
@@ -25,6 +26,7 @@ _LAZY = {
     "Summary": "storage.summary",
     "TwoStageQAT": "callback",
     "load": "storage.packed_file",
+    "records_arguments": "storage.recipe",
     "save": "storage.packed_file",
     "start_float_weights": "initialization",
     "summary": "storage.summary",
@@ -52,6 +54,7 @@ __all__ = [
     "global_scale",
     "load",
     "prepare",
+    "records_arguments",
     "save",
     "start_float_weights",
     "structure_from_operator",

@@ -1,9 +1,10 @@
 """The packed file of a baseline: what its row of a comparison takes on disk, and the network read back from it.
 
-One safetensors file in the layout of `pibinn_plugin.storage.packed_file`: a tensor of codes for each weight, the scales
-of all weights in one tensor, the distinct structures in another, every float parameter under its own name. Signs take
-one bit, ternary codes 1.6 (five to a byte, base 3) or 2. A ``zero_bit`` file has no weights, only the structure of
-those that are masked: the weights are those that the constructor of the solver makes.
+One safetensors file in the layout of `pibinn_plugin.storage.packed_file`, with as short a header: the codes of all
+weights in one tensor, their scales in another, the distinct structures in a third, every float parameter under its own
+name; names in ranges where weights are alike. Signs take one bit, ternary codes 1.6 (five to a byte, base 3) or 2. A
+``zero_bit`` file has no weights, only the structure of those that are masked: the weights are those that the
+constructor of the solver makes.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from lightning_modules.compare.dense_twin import densify_weight
 from pibinn_plugin.bits import pack_bits, unpack_bits
 from pibinn_plugin.errors import ArtifactError, PIBiNNError
 from pibinn_plugin.storage.atomic_file import atomic_file
+from pibinn_plugin.storage.layer_names import expand, ranges
 from pibinn_plugin.storage.stored_structures import StoredStructures
 from pibinn_plugin.structure import Structure
 from pibinn_plugin.targets import resolve_targets
 
 __all__ = ["StoredSize", "load_baseline", "pack_trits", "save_baseline", "stored_size", "unpack_trits"]
 
-_SCALES, _STRUCTURES = "baseline.scales", "baseline.structures"
+_CODES, _SCALES, _STRUCTURES = "baseline.codes", "baseline.scales", "baseline.structures"
 _TRITS_A_BYTE = {3: 5, 4: 4}  # by base: 243 of 256 values used, or two bits each
 
 
@@ -82,24 +84,26 @@ def save_baseline(model: nn.Module, quantizer: str, path: str | Path, trit_base:
     Raises:
         ArtifactError: a weight that is not finite.
     """
-    tensors, scales = _float_tensors(model), []
+    tensors, codes, scales = _float_tensors(model), {}, {}
     structures: dict[str, Structure] = {}
     for name, latent, front in baseline_weights(model):
         if quantizer != "zero_bit":
-            codes, scale = front.codes_and_scales(front.structural(latent))
-            if not (codes.isfinite().all() and scale.isfinite().all()):
+            each, scale = front.codes_and_scales(front.structural(latent))
+            if not (each.isfinite().all() and scale.isfinite().all()):
                 raise ArtifactError(f"the weight {name!r} is not finite: its training has diverged")
-            tensors[name] = _pack(codes, front.bits, trit_base)
-            scales.append(scale.float())
+            codes[name], scales[name] = _pack(each, front.bits, trit_base).flatten(), scale.float().flatten()
         elif front.positions is None:
             continue
         structures[name] = front.structure
-    stored = StoredStructures.of(structures.values())
+    entries = ranges({name: (structure, _sizes(name, codes, scales)) for name, structure in structures.items()})
+    order = [name for entry in entries for name in expand(entry)]
+    stored = StoredStructures.of(structures[expand(entry)[0]] for entry in entries)
+    for key, parts in ((_CODES, codes), (_SCALES, scales)):
+        if sum(part.numel() for part in parts.values()):
+            tensors[key] = torch.cat([parts[name] for name in order])
     if structures:
         tensors[_STRUCTURES] = stored.content
-    if any(scale.numel() for scale in scales):
-        tensors[_SCALES] = torch.cat(scales)
-    layers = [[name, number] for name, number in zip(structures, stored.numbers, strict=True)]
+    layers = [[entry, number] for entry, number in zip(entries, stored.numbers, strict=True)]
     fields = {"quantizer": quantizer, "base": trit_base, "structures": stored.lengths, "layers": layers}
     header = json.dumps(fields, separators=(",", ":"))
     path = Path(path)
@@ -129,23 +133,26 @@ def load_baseline(path: str | Path, into: nn.Module) -> nn.Module:
         if header["quantizer"] == "fp32_dense":
             for target in resolve_targets(into, dict.fromkeys(layers)):
                 densify_weight(target)
-        scales = tensors.pop(_SCALES, torch.empty(0))
-        for target in resolve_targets(into, layers) if layers else []:
+        codes, scales = (tensors.pop(key, torch.empty(0)) for key in (_CODES, _SCALES))
+        targets = {target.name: target for target in (resolve_targets(into, layers) if layers else [])}
+        for target in (targets[name] for name in layers):
             front = BASELINES[header["quantizer"]](target)
             values = front.structural(target.parameter)
             if header["quantizer"] != "zero_bit":
-                codes = _unpack(tensors.pop(target.name), front.bits, values.numel(), header["base"]).to(values.dtype)
+                taken = len(_pack(torch.zeros(values.numel()), front.bits, header["base"]))
+                own = _unpack(codes[:taken], front.bits, values.numel(), header["base"]).to(values.dtype)
                 count = front.codes_and_scales(values)[1].numel()
-                values, scales = front.weight(codes, scales[:count].to(values.dtype)), scales[count:]
+                values = front.weight(own.reshape(values.shape), scales[:count].to(values.dtype))
+                codes, scales = codes[taken:], scales[count:]
             target.parameter.copy_(front.stored(values))
         left = into.load_state_dict(tensors, strict=False)
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError, PIBiNNError) as error:
         raise ArtifactError(f"{path} does not belong to this solver: {error}") from error
     missing = set() if header["quantizer"] == "zero_bit" else set(left.missing_keys) - layers.keys()
-    if missing or left.unexpected_keys or scales.numel():
+    if missing or left.unexpected_keys or scales.numel() or codes.numel():
         raise ArtifactError(
             f"{path} does not belong to this solver: it lacks {sorted(missing)}, the solver has no "
-            f"{left.unexpected_keys}, {scales.numel()} scales are left over"
+            f"{left.unexpected_keys}, {codes.numel()} bytes of codes and {scales.numel()} scales are left over"
         )
     return into
 
@@ -171,11 +178,9 @@ def stored_size(path: str | Path) -> StoredSize:
         FileNotFoundError: there is no such file.
     """
     header, tensors = _read(path)
-    try:
-        weights = {name for name, *_ in header["layers"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path} is not a packed file: {error!r}") from error
-    of_weights = (value for key, value in tensors.items() if key in weights or key.startswith(("baseline.", "pibinn.")))
+    if not isinstance(header, dict) or not isinstance(header.get("layers"), list):
+        raise ArtifactError(f"{path} is not a packed file: its header has no layers")
+    of_weights = (value for key, value in tensors.items() if key.startswith(("baseline.", "pibinn.")))
     return StoredSize(Path(path).stat().st_size, 8 * sum(value.numel() * value.element_size() for value in of_weights))
 
 
@@ -194,8 +199,13 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _layers(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Structure | None]:
     """Name and structure of each weight of a file."""
     content = tensors.pop(_STRUCTURES, torch.empty(0, dtype=torch.uint8))
-    names, numbers = [name for name, _ in header["layers"]], [number for _, number in header["layers"]]
-    return dict(zip(names, StoredStructures(content, header["structures"], numbers).decode(), strict=True))
+    entries, numbers = [entry for entry, _ in header["layers"]], [number for _, number in header["layers"]]
+    decoded = StoredStructures(content, header["structures"], numbers).decode()
+    return {name: structure for entry, structure in zip(entries, decoded, strict=True) for name in expand(entry)}
+
+
+def _sizes(name: str, *parts: dict[str, Tensor]) -> tuple[int, ...]:
+    return tuple(part[name].numel() for part in parts if name in part)
 
 
 def _float_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -179,6 +179,15 @@ class BSDS500(pl.LightningDataModule):
         self.patch_size, self.batch_size, self.train_patches = patch_size, batch_size, train_patches
         self.calibration_patches, self.seed = calibration_patches, seed
 
+    @property
+    def inputs(self) -> dict[str, str | float]:
+        """What a network of this data takes in, for the packed file: images in [0, 1], or measurements of blocks."""
+        if self.operator is None:
+            return {"kind": "image", "noise_level": float(self.noise_level)}
+        grey = torch.rand(4, 1, 8 * self.block_size, 8 * self.block_size, generator=torch.Generator().manual_seed(0))
+        deviation = float(self.operator.A(grey).std())
+        return {"kind": "blocks", "size": self.operator.shape[0], "deviation": deviation}
+
     def measure(self, x: Tensor, draws: Sequence[np.random.Generator]) -> Tensor:
         """Measure images x, shape (batch, 1, height, width): A x and, from the generator of each, its noise."""
         y = x if self.operator is None else self.operator.A(x)

@@ -27,6 +27,7 @@ from lightning_modules.data.resumable_loader import EpochSampler, ResumableLoade
 __all__ = ["EEGDenoiseNet", "mix"]
 
 SAMPLES = 512
+SAMPLING_RATE = 256.0  # Hz; the epochs of EEGdenoiseNet are of 2 s
 EVALUATION_LEVELS_DB = tuple(range(-14, 5, 2))
 # Validation and test mixtures are the same whatever the seed of the training.
 EVALUATION_SEED = 20210101
@@ -201,6 +202,17 @@ class EEGDenoiseNet(pl.LightningDataModule):
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
+
+    @property
+    def inputs(self) -> dict[str, str | float]:
+        """What a network of this data takes in, for the packed file: windows divided by their standard deviation."""
+        return {
+            "kind": "signal",
+            "sampling_rate": SAMPLING_RATE,
+            "unit": "µV",
+            "window": SAMPLES,
+            "normalisation": "deviation",
+        }
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split the files, once."""

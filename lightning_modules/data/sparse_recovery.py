@@ -126,6 +126,12 @@ class SparseRecovery(pl.LightningDataModule):
         noise = torch.randn((count, self.operator.shape[0]), generator=generator)
         return self.operator.A(x) + self.noise_deviation * noise, x
 
+    @property
+    def inputs(self) -> dict[str, str | float]:
+        """What a network of this data takes in, for the packed file: measurement vectors of some magnitude."""
+        y, _ = self.draw(64, VALIDATION_SEED)
+        return {"kind": "measurements", "size": self.operator.shape[0], "deviation": float(y.std())}
+
     def draw_epoch(self, length: int, epoch: int) -> Batch:
         """The ``length`` training examples (y, x) of an epoch."""
         # torch's generator looks at 32 bits of its seed: mix both numbers into them.

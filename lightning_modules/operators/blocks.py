@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.operators.base import check_size
+from pibinn_plugin.storage.recipe import records_arguments
+from pibinn_plugin.structure.block_diagonal import multiply_blocks
 
 __all__ = ["BlockOperator", "DenseOperator", "GaussianBlocks", "SignBlocks"]
 
@@ -40,13 +42,11 @@ class BlockOperator(nn.Module):
 
     def A(self, x: Tensor) -> Tensor:
         """``A x``: ``(..., unknowns)`` to ``(..., measurements)``."""
-        parts = check_size(x, self.shape[1], "x").unflatten(-1, (self.blocks.shape[0], -1))
-        return torch.einsum("...bc,brc->...br", parts, self.blocks).flatten(-2)
+        return multiply_blocks(check_size(x, self.shape[1], "x"), self.blocks)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         """``Aᵀ y``: ``(..., measurements)`` to ``(..., unknowns)``."""
-        parts = check_size(y, self.shape[0], "y").unflatten(-1, (self.blocks.shape[0], -1))
-        return torch.einsum("...br,brc->...bc", parts, self.blocks).flatten(-2)
+        return multiply_blocks(check_size(y, self.shape[0], "y"), self.blocks.transpose(1, 2))
 
 
 class DenseOperator(BlockOperator):
@@ -69,6 +69,7 @@ class DenseOperator(BlockOperator):
         super().__init__(matrix[None])
 
 
+@records_arguments
 class GaussianBlocks(BlockOperator):
     """Independent normal entries in each block, columns of unit norm, from a seed.
 
@@ -92,6 +93,7 @@ class GaussianBlocks(BlockOperator):
         super().__init__(entries / entries.norm(dim=1, keepdim=True))
 
 
+@records_arguments
 class SignBlocks(BlockOperator):
     """Independent entries ±1/√rows in each block (spreading codes, coded apertures, DMD patterns), from a seed.
 

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.operators.base import check_size
+from pibinn_plugin.storage.recipe import records_arguments
 
 __all__ = ["CircularConvolution"]
 
 
+@records_arguments
 class CircularConvolution(nn.Module):
     r"""Convolution of a signal or an image with a known kernel, periodic at the boundaries, by FFT.
 

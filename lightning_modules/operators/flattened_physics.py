@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.operators.base import check_size
+from pibinn_plugin.storage.recipe import records_arguments
 
 __all__ = ["FlattenedPhysics"]
 
 
+@records_arguments
 class FlattenedPhysics(nn.Module):
     """Linear physics with ``A`` and ``A_adjoint`` on tensors of any shape, and perhaps no ``shape`` of its own.
 

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.operators.base import check_size
+from pibinn_plugin.storage.recipe import records_arguments
 
 __all__ = ["SparseSigns"]
 
 _COLUMNS_AT_A_TIME = 1024
 
 
+@records_arguments
 class SparseSigns(nn.Module):
     """The same number of entries ±1/√nonzeros in each column, at random rows, from a seed; zero elsewhere.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.operators.base import check_size
+from pibinn_plugin.storage.recipe import records_arguments
 
 __all__ = ["SubsampledDCT", "SubsampledHadamard", "dct", "hadamard_transform", "inverse_dct"]
 
@@ -112,6 +113,7 @@ class _SubsampledTransform(nn.Module):
         return y.new_zeros((*y.shape[:-1], self.shape[1])).index_copy(-1, self.row_index, y)
 
 
+@records_arguments
 class SubsampledHadamard(_SubsampledTransform):
     """Rows of the Walsh-Hadamard matrix, entries ±1/√rows: the patterns of a single-pixel camera (DMD), from a seed.
 
@@ -144,6 +146,7 @@ class SubsampledHadamard(_SubsampledTransform):
         return hadamard_transform(self._spread(y)) / self.shape[0] ** 0.5
 
 
+@records_arguments
 class SubsampledDCT(_SubsampledTransform):
     """Rows of the orthonormal discrete cosine transform, from a seed: ``A Aᵀ`` is the identity.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +11,17 @@ from torch import Tensor, nn
 from lightning_modules.solvers.message_passing import MessagePassing
 from lightning_modules.solvers.structured_layer import layer_of
 from pibinn_plugin.packed import PackedCompactLinear, PackedLinear
+from pibinn_plugin.storage.recipe import records_arguments
 from pibinn_plugin.structure import BlockDiagonal, Structure
 from pibinn_plugin.structure.base import constant
+from pibinn_plugin.structure.block_diagonal import multiply_blocks
 
 __all__ = ["CalibratedAMP"]
 
 _LinearMap = Callable[[Tensor], Tensor]
 
 
+@records_arguments
 class CalibratedAMP(nn.Module):
     r"""Sparse recovery from y = A x + noise where only the support M of A is known: its entries are the one weight Â.
 
@@ -48,7 +52,8 @@ class CalibratedAMP(nn.Module):
         self.iteration = MessagePassing(layers, _equal_blocks(structure))
         self.step_sizes = nn.Parameter(torch.full((layers,), 0.35))
         self.structure, self._adjoint_structure = structure, structure.transposed()
-        self._transposition = _transposition(structure, self.shape)
+        # Blocks in their order are transposed without an index for each element.
+        self._transposition = None if _are_ordered_blocks(structure) else _transposition(structure, self.shape)
         with torch.no_grad():
             # Columns of about unit norm.
             nn.init.normal_(self.operator.weight, std=(unknowns / structure.nnz(self.shape)) ** 0.5)
@@ -74,6 +79,9 @@ class CalibratedAMP(nn.Module):
             return self.operator, self.operator.adjoint
         # Once: a packed weight is unpacked, a latent quantized, at every access.
         weight = self.operator.weight
+        if self._transposition is None:
+            transposed_blocks = weight.transpose(1, 2)
+            return lambda x: multiply_blocks(x, weight), lambda residual: multiply_blocks(residual, transposed_blocks)
         transposed = weight.flatten()[constant(self._transposition, weight.device)]
         return (
             lambda x: self.structure.linear(x, weight, self.shape),
@@ -83,9 +91,11 @@ class CalibratedAMP(nn.Module):
 
 def _equal_blocks(structure: Structure) -> int:
     """How many equal blocks of y depend on as many of x, in their order; 1 where the structure says no such thing."""
-    if isinstance(structure, BlockDiagonal) and structure == BlockDiagonal(structure.blocks):
-        return structure.blocks or 1
-    return 1
+    return structure.blocks or 1 if _are_ordered_blocks(structure) else 1
+
+
+def _are_ordered_blocks(structure: Structure) -> TypeGuard[BlockDiagonal]:
+    return isinstance(structure, BlockDiagonal) and structure == BlockDiagonal(structure.blocks)
 
 
 def _transposition(structure: Structure, shape: tuple[int, int]) -> Tensor:

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from lightning_modules.operators.subsampled import dct
 from lightning_modules.solvers.proximal import soft_threshold
+from pibinn_plugin.storage.recipe import records_arguments
 
 __all__ = ["ConvolutionalLISTA"]
 
 _REGULARIZATION = 0.1  # of the start, about the noise deviation 25/255
 
 
+@records_arguments
 class ConvolutionalLISTA(nn.Module):
     r"""Denoising of images by K iterations of convolutional sparse coding, with filters W_k and D_k each.
 

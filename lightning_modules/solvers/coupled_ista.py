@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from lightning_modules.operators import PhysicsOperator, operator_blocks, spectral_norm
 from lightning_modules.solvers.proximal import soft_threshold
 from lightning_modules.solvers.structured_layer import structured_layer
+from pibinn_plugin.storage.recipe import records_arguments
 
 __all__ = ["CoupledISTA"]
 
 
+@records_arguments
 class CoupledISTA(nn.Module):
     r"""Sparse recovery from y = A x + noise by K iterations with a weight W_k, step size g_k and threshold θ_k each.
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.operators.subsampled import dct
+from pibinn_plugin.storage.recipe import records_arguments
 
 __all__ = ["HiddenLISTA"]
 
 
+@records_arguments
 class HiddenLISTA(nn.Module):
     r"""Separates an additive artifact from a signal by unrolled sparse coding in learned features.
 

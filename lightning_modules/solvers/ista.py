@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from lightning_modules.operators import PhysicsOperator, spectral_norm
 from lightning_modules.operators.base import check_size
 from lightning_modules.solvers.proximal import soft_threshold
+from pibinn_plugin.storage.recipe import records_arguments
 
 __all__ = ["FISTA", "ISTA"]
 
 
+@records_arguments
 class ISTA(nn.Module):
     r"""The iterative shrinkage-thresholding algorithm for the lasso, from x = 0.
 
@@ -75,6 +77,7 @@ class ISTA(nn.Module):
         return soft_threshold(x + self.step_size * gradient, threshold)
 
 
+@records_arguments
 class FISTA(ISTA):
     r"""ISTA with Nesterov's momentum, for the same objective F.
 

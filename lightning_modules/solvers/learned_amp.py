@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_modules.operators import BlockOperator, PhysicsOperator, operator_blocks
 from lightning_modules.solvers.message_passing import MessagePassing
 from lightning_modules.solvers.structured_layer import structured_layer
+from pibinn_plugin.storage.recipe import records_arguments
 
 __all__ = ["LearnedAMP"]
 
@@ -19,6 +20,7 @@ PSEUDO_INVERSE_RIDGE = 0.025
 START = 0.35
 
 
+@records_arguments
 class LearnedAMP(nn.Module):
     r"""Sparse recovery from y = A x + noise with A known, weights W_k and step sizes g_k and h_k, K iterations.
 

@@ -9,10 +9,12 @@ from lightning_modules.operators import PhysicsOperator, operator_blocks, spectr
 from lightning_modules.operators.base import check_size
 from lightning_modules.solvers.proximal import soft_threshold
 from lightning_modules.solvers.structured_layer import structured_layer
+from pibinn_plugin.storage.recipe import records_arguments
 
 __all__ = ["LISTA"]
 
 
+@records_arguments
 class LISTA(nn.Module):
     r"""Sparse recovery from y = A x + noise by K layers with two weights and a threshold each.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_modules.block_patterns import ImageOperator
 from lightning_modules.operators.subsampled import dct
+from pibinn_plugin.storage.recipe import records_arguments
 
 __all__ = ["BlockTransform", "SupportLISTA"]
 
@@ -64,6 +65,7 @@ class BlockTransform(nn.Module):
         return F.pixel_shuffle(phases, self.stride)[..., margin : margin + height, margin : margin + width]
 
 
+@records_arguments
 class SupportLISTA(nn.Module):
     r"""Recovers images from y = A x + noise by projections and shrinkage of overlapping block transforms.
 

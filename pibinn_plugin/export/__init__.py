@@ -35,7 +35,9 @@ from pibinn_plugin.workflow import convert, evaluation, pack_in_place
 
 __all__ = ["FORMATS", "export"]
 
-FORMATS = ("onnx", "qonnx", "qcdq", "pt2", "aoti", "executorch")
+FORMATS = ("onnx", "qonnx", "qcdq", "pt2", "aoti", "executorch", "c")
+
+_EXTRAS = {"qonnx": "brevitas,export", "qcdq": "brevitas,export", "executorch": "executorch", "c": "export,c"}
 
 
 def export(model: nn.Module, path: str | Path, args: Sequence[Tensor], format: str = "onnx") -> Path:
@@ -49,7 +51,7 @@ def export(model: nn.Module, path: str | Path, args: Sequence[Tensor], format: s
         path: of the file; what was there stays until the new file is complete and checked.
         args: the inputs of the network, tensors whose first dimension is the batch.
         format: ``"onnx"`` (standard operators), ``"qonnx"`` or ``"qcdq"`` (Brevitas' formats), ``"pt2"``
-            (``torch.export``), ``"aoti"`` (compiled by AOTInductor), or ``"executorch"``.
+            (``torch.export``), ``"aoti"`` (compiled by AOTInductor), ``"executorch"``, or ``"c"`` (one C99 file).
 
     Returns:
         The path.
@@ -88,9 +90,7 @@ def format_module(format: str) -> ModuleType:
     try:
         return importlib.import_module(f"pibinn_plugin.export.{format}")
     except ModuleNotFoundError as error:
-        extra = {"qonnx": "brevitas,export", "qcdq": "brevitas,export", "executorch": "executorch"}.get(
-            format, "export"
-        )
+        extra = _EXTRAS.get(format, "export")
         raise ModuleNotFoundError(
             f"format {format!r} needs {error.name}: pip install pibinn-plugin[{extra}]"
         ) from error

@@ -28,7 +28,7 @@ def program_of(packed: nn.Module, args: tuple[Tensor, ...], dynamic_batch: bool 
     Its weights are their packed signs, unpacked in the graph; nothing in it refers to this package.
     """
     if packed_weights(packed):  # else it is the float twin of a network, exported to compare sizes
-        _use_exportable_weights(packed)
+        use_exportable_weights(packed)
     shapes = None
     if dynamic_batch:
         batch = torch.export.Dim("batch")
@@ -45,7 +45,7 @@ def program_of(packed: nn.Module, args: tuple[Tensor, ...], dynamic_batch: bool 
     return program
 
 
-def _use_exportable_weights(model: nn.Module) -> None:
+def use_exportable_weights(model: nn.Module) -> None:
     """Put an `UnpackForExport` in front of the bits of every packed weight, in place, and λ in a buffer."""
     scale = global_scale(model)
     for weight in packed_weights(model):

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from pibinn_plugin.errors import ExportError
 from pibinn_plugin.export import checked_inputs, export, format_module, packed_copy
 from pibinn_plugin.export.float_layers import with_float_weights
 from pibinn_plugin.storage.packed_file import save
@@ -40,13 +41,13 @@ def export_sizes(
     Args:
         model: a packed or prepared model.
         args: the inputs of the network, as for `export`.
-        formats: as for `export`.
+        formats: as for `export`; all but ``"c"``, whose file is source code.
 
     Returns:
         One entry for the packed file, ``"packed"``, and one for each format.
 
     Raises:
-        ExportError, PIBiNNError, ModuleNotFoundError: as `export`.
+        ExportError, PIBiNNError, ModuleNotFoundError: as `export`; or the format is ``"c"``.
 
     Example:
         >>> from pibinn_plugin import prepare
@@ -54,6 +55,9 @@ def export_sizes(
         >>> [size.format for size in export_sizes(model, (torch.randn(4, 64),), formats=["pt2"])]
         ['packed', 'pt2']
     """
+    formats = list(formats)
+    if "c" in formats:
+        raise ExportError("a C file is source code: what its object code takes, c_compiler.memory_sizes counts")
     packed, inputs = packed_copy(model), checked_inputs(args)
     twin = copy.deepcopy(packed)
     with_float_weights(twin)

@@ -16,6 +16,7 @@ from typing_extensions import override
 from pibinn_plugin.bits import pack_bits, unpack_bits
 from pibinn_plugin.export.rules import rule_of
 from pibinn_plugin.packing import PackedSigns
+from pibinn_plugin.parametrized import stop_parametrizing
 from pibinn_plugin.structure import Dense
 
 
@@ -54,3 +55,13 @@ def row_major_bits(packed: PackedSigns) -> Tensor:
     """The packed signs in the order of the dense weight's elements, uint8 of shape ``(bytes,)``."""
     dense = packed.structure.to_dense(packed.signs(), packed.shape)
     return pack_bits(dense[packed.structure.mask(packed.shape, dense.device)] > 0)
+
+
+def unpack_now(model: nn.Module) -> None:
+    """Put the values of all exportable weights in their places, in place: float parameters, as layers without bits."""
+    for module in list(model.modules()):
+        for name, chain in list(getattr(module, "parametrizations", {}).items()):
+            if isinstance(chain[0], UnpackForExport):
+                value = getattr(module, name).detach()
+                stop_parametrizing(module, name)
+                module.register_parameter(name, nn.Parameter(value, False))

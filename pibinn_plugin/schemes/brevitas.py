@@ -174,12 +174,26 @@ def _names(injector: Any) -> set[str]:
 class _ReadsAsW(WeightReadsAsW):
     """A Brevitas layer whose ``weight`` reads as W."""
 
+    _is_quantizing = False
+
+    def quant_weight(self, *args: Any, **kwargs: Any) -> Any:
+        """W as Brevitas' own quantized tensor, from the latent, which it asks for as ``weight``."""
+        if not getattr(self.weight_quant, "export_mode", False):  # nothing to tell apart, and nothing for dynamo to see
+            return super().quant_weight(*args, **kwargs)  # type: ignore[misc]
+        self._is_quantizing = True
+        try:
+            return super().quant_weight(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._is_quantizing = False
+
     @override
     def weight_of_latent(self, latent: Tensor) -> Tensor:
         proxy: Any = self.weight_quant
         quantizer = getattr(proxy, "sign_quantizer", None)
         if quantizer is None:  # another quantizer took its place
             return latent
+        if proxy.export_mode and not self._is_quantizing:  # read outside the layer, or beside its product
+            return self.quant_weight().value
         if proxy.export_mode:  # a handler quantizes
             return latent if quantizer.signs is None else quantizer.signs.to(latent)
         return quantizer.masked(latent) if proxy.disable_quant else quantizer(latent)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from brevitas.export.inference.handler import InferenceHandler
 from brevitas.export.inference.manager import InferenceManager
-from brevitas.export.onnx.qonnx.function import BrevitasBinaryQuantOp
+from brevitas.export.onnx.qonnx.function import BrevitasBinaryQuantOp, BrevitasQuantOp
 from brevitas.export.onnx.qonnx.handler import BrevitasWeightQuantProxyHandler
 from brevitas.export.onnx.qonnx.manager import QONNXManager
 from brevitas.export.onnx.standard.qcdq.handler import StdQCDQCastONNXWeightQuantProxyHandler
@@ -23,7 +23,7 @@ from typing_extensions import override
 
 
 class QONNXHandler(BrevitasWeightQuantProxyHandler):
-    """``BipolarQuant(V, λ)``, times the mask where the weight has structural zeros."""
+    """``BipolarQuant(V, λ)``; ``Quant(W, λ)`` of two bits, which has a zero, where the weight has structural zeros."""
 
     handled_layer: type
 
@@ -31,14 +31,16 @@ class QONNXHandler(BrevitasWeightQuantProxyHandler):
     def prepare_for_export(self, module: Any) -> None:
         super().prepare_for_export(module)
         if module.is_quant_enabled:
-            mask = module.tensor_quant.sign_quantizer.mask
-            self.mask = None if mask is None else mask.to(self.symbolic_kwargs["scale"].dtype)
+            self.masked = None
             self.quant_op = BrevitasBinaryQuantOp
+            if module.tensor_quant.sign_quantizer.mask is not None:
+                # Not V, which Quant would round: W is on its grid.
+                self.masked = module.tracked_module_list[0].quant_weight().value.detach()
+                self.quant_op = BrevitasQuantOp
 
     @override
     def symbolic_execution(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        value, scale, zero_point, bit_width = super().symbolic_execution(x)
-        return value if self.mask is None else value * self.mask, scale, zero_point, bit_width
+        return super().symbolic_execution(x if self.masked is None else self.masked)
 
 
 class _IntegerWeight:

@@ -1,20 +1,21 @@
 """`save` and `load`: a packed network in one safetensors file, readable by the stock library, never by pickle.
 
-The tensors of the file: ``<weight>`` (uint8, the packed signs), ``pibinn.scale`` (λ once, float32 or, where that is
-not exact, float64), ``pibinn.structures`` (uint8, the stored forms of the distinct structures, one after the other, in
-order of first use), and every float parameter and buffer under its own name, one that modules share under the first of
-its names. The metadata entry ``pibinn`` is JSON: ``version``, of the format; ``structures``, the bytes of each distinct
-structure; ``layers``, for each packed weight its name, its dense shape and the number of its structure.
+The tensors of the file: ``pibinn.signs`` (uint8, the packed signs of all weights, one after the other, each in whole
+bytes), ``pibinn.scale`` (λ once, float32 or, where that is not exact, float64), ``pibinn.structures`` (uint8, the
+stored forms of the distinct structures, one after the other, in order of first use), and every float parameter and
+buffer under its own name, one that modules share under the first of its names. The metadata entry ``pibinn`` is JSON;
+``docs/packed_file.md`` specifies it.
 
-Version 2 is read too: it has each shared tensor under all its names, and λ in float32.
+Versions 2 and 3 are read too: their weights have a tensor each, under their names, and they have no digest, no recipe
+and no word on operators; version 2 has each shared tensor under all its names, and λ in float32.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.references import refuse_stale_methods
 from pibinn_plugin.rollback import unchanged_on_error
 from pibinn_plugin.storage.atomic_file import atomic_file
+from pibinn_plugin.storage.header import FORMAT_VERSION, Header, checked_inputs, header_text, read_header
 from pibinn_plugin.storage.inventory import FloatTensor, float_tensors, stored_scale
+from pibinn_plugin.storage.layer_names import expand, ranges
+from pibinn_plugin.storage.operator_probes import Probes, check_operators, probes_of
+from pibinn_plugin.storage.recipe import Recipe, build, recipe_of
 from pibinn_plugin.storage.stored_structures import StoredStructures
 from pibinn_plugin.structure.base import unique_members
 from pibinn_plugin.targets import Target, make_target, parameter_places
@@ -45,27 +50,38 @@ from pibinn_plugin.weights import (
 )
 from pibinn_plugin.workflow import pack_in_place, put_bits, refuse_prepared, refuse_save_pretrained
 
-FORMAT_VERSION = 3
-_READABLE = (2, 3)
-_SCALE, _STRUCTURES = "pibinn.scale", "pibinn.structures"
+_SIGNS, _SCALE, _STRUCTURES = "pibinn.signs", "pibinn.scale", "pibinn.structures"
 
 
 @dataclass(frozen=True)
 class PackedNetwork:
-    """What a packed file holds: the packed weights by name, λ, and the float tensors by state-dict key."""
+    """What a packed file holds.
+
+    Args:
+        weights: the packed weights by name.
+        scale: λ.
+        float_tensors: by state-dict key.
+        solver: how the network is built; None where that is not known.
+        inputs: what the network takes in, as it was told to `save`.
+        operators: projections of the operators that the network was trained with.
+    """
 
     weights: dict[str, PackedSigns]
     scale: float
     float_tensors: dict[str, Tensor]
+    solver: Recipe | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    operators: Probes = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> PackedNetwork:
+    def of(cls, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> PackedNetwork:
         """Read a converted model (or one packed by torchao's own ``quantize_``).
 
         Raises:
             PIBiNNError: the model holds no packed weight, or still holds unpacked latents.
             ScaleError: its packed weights have several scales, or one that is not positive and finite.
-            ArtifactError: a state that only pickle could store, or a tensor that is not strided.
+            ArtifactError: a state that only pickle could store, a tensor that is not strided, or inputs that are no
+                flat JSON object.
         """
         weights = packed_weights(model)
         if not weights or quantized_weights(model):
@@ -74,15 +90,28 @@ class PackedNetwork:
         if not 0.0 < scale < float("inf"):
             raise ScaleError(f"the global scale is {scale}; a packed file holds a positive finite number")
         floats = {each.keys[0]: each.tensor.detach() for each in float_tensors(model)}
-        return cls({weight.name: weight.packed for weight in weights}, scale, floats)
+        root = uncompiled(model)
+        return cls(
+            weights={weight.name: weight.packed for weight in weights},
+            scale=scale,
+            float_tensors=floats,
+            solver=recipe_of(root),
+            inputs=checked_inputs(dict(inputs or {})),
+            operators=probes_of(root),
+        )
 
 
-def save(model: nn.Module, path: str | Path) -> Path:
+def save(model: nn.Module, path: str | Path, inputs: Mapping[str, Any] | None = None) -> Path:
     """Write a packed model to one safetensors file; what was at the path before stays until the new file is complete.
+
+    Where the class of the model records its arguments, as the solvers of this project do, the file says how the model
+    is built, and `load` needs nothing else; of operators it holds what is needed to tell another one.
 
     Args:
         model: what `convert` returned.
         path: of the file, conventionally ``*.safetensors``.
+        inputs: what the network takes in, for whoever applies it: names with numbers or text, such as
+            ``{"kind": "signal", "sampling_rate": 256.0, "unit": "µV"}``.
 
     Returns:
         The path.
@@ -98,21 +127,26 @@ def save(model: nn.Module, path: str | Path) -> Path:
         >>> save(packed, f"{tmp_path}/net.safetensors").stat().st_size < 512
         True
     """
-    network = PackedNetwork.of(model)
-    structures = StoredStructures.of(packed.structure for packed in network.weights.values())
+    network = PackedNetwork.of(model, inputs)
+    entries = ranges({name: (packed.shape, packed.structure) for name, packed in network.weights.items()})
+    order = [[network.weights[name] for name in expand(entry)] for entry in entries]
+    structures = StoredStructures.of(weights[0].structure for weights in order)
     layers = [
-        [name, list(packed.shape), number]
-        for (name, packed), number in zip(network.weights.items(), structures.numbers, strict=True)
+        [entry, list(weights[0].shape), number, weights[0].nnz]
+        for entry, weights, number in zip(entries, order, structures.numbers, strict=True)
     ]
-    tensors = {name: packed.bits for name, packed in network.weights.items()}
-    tensors[_SCALE] = stored_scale(network.scale)
-    tensors[_STRUCTURES] = structures.content
+    tensors = {
+        _SIGNS: torch.cat([packed.bits.cpu() for weights in order for packed in weights]),
+        _SCALE: stored_scale(network.scale),
+        _STRUCTURES: structures.content,
+    }
     if clash := network.float_tensors.keys() & tensors.keys():
         raise ArtifactError(f"the tensors {sorted(clash)} have names that the packed file uses itself; rename them")
     # Clones: safetensors refuses tensors that share memory, as views of one buffer do.
     tensors |= {key: tensor.clone().contiguous() for key, tensor in network.float_tensors.items()}
     fields = {"version": FORMAT_VERSION, "structures": structures.lengths, "layers": layers}
-    header = json.dumps(fields, separators=(",", ":"))
+    said = {"solver": network.solver, "inputs": network.inputs, "operators": network.operators}
+    header = header_text(fields | {name: value for name, value in said.items() if value}, tensors)
     try:
         content = serialized(tensors, metadata={"pibinn": header})
     except (SafetensorError, KeyError, ValueError) as error:
@@ -122,8 +156,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
     return Path(path)
 
 
-def load(path: str | Path, into: nn.Module) -> nn.Module:
-    """Load a packed file into a model, in place: afterwards the model is packed.
+def load(path: str | Path, into: nn.Module | None = None, allow: Collection[str] = ()) -> nn.Module:
+    """Load a packed file: into the solver that it describes, or into a model, in place, which then is packed.
 
     Every module stays the object that it was. Float parameters and buffers are written to; those on the meta device
     are exchanged for real ones.
@@ -131,13 +165,17 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     Args:
         path: of a file that `save` wrote.
         into: a float model, a prepared or a packed one, or one on the meta device, of the architecture that was saved.
+            Without, the model is built as the file says, and given back in evaluation mode.
+        allow: modules whose classes a file may name besides those of this project, such as ``["my_solvers"]``; they
+            are imported. A class has to record its arguments, see `records_arguments`.
 
     Returns:
         The model.
 
     Raises:
-        ArtifactError: the file is damaged or of an unknown version, or does not belong to this model; the message
-            names the field. The model is left as it was.
+        ArtifactError: the file is damaged or of an unknown version, does not belong to this model or to its operator,
+            or does not say how its model is built, or by a class that is not allowed; the message names the field. The
+            model is left as it was.
         FileNotFoundError: there is no such file.
 
     Example:
@@ -149,13 +187,25 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
         True
     """
     network = read(path)
+    if into is None:
+        into = _built(path, network, allow)
     root = uncompiled(into)
+    check_operators(root, network.operators)
     with unchanged_on_error(root):
         _pack_weights(root, network)
         refuse_stale_methods(root)
         refuse_save_pretrained(root)
         _load_float_tensors(root, network)
     return into
+
+
+def _built(path: str | Path, network: PackedNetwork, allow: Collection[str]) -> nn.Module:
+    if network.solver is None:
+        raise ArtifactError(f"{path} does not say how its model is built: build it, and load(path, into=model)")
+    model = build(network.solver, allow)
+    if not isinstance(model, nn.Module):
+        raise ArtifactError(f"{path} describes a {type(model).__name__}, which is no network")
+    return model.eval()
 
 
 def read(path: str | Path) -> PackedNetwork:
@@ -171,13 +221,13 @@ def read(path: str | Path) -> PackedNetwork:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
     if metadata is None:
         raise ArtifactError(f"{path} has no metadata entry 'pibinn': it was not written by pibinn_plugin.save")
-    lengths, layers = _read_header(path, metadata)
+    header = read_header(path, metadata, tensors)
     scale = _read_scale(path, tensors.pop(_SCALE, None))
     if (content := tensors.pop(_STRUCTURES, None)) is None:
         raise ArtifactError(f"{path}: {_STRUCTURES!r} is missing")
-    structures = StoredStructures(content, lengths, [number for _, _, number in layers])
-    shapes = {name: shape for name, shape, _ in layers}
-    return PackedNetwork(_read_weights(path, shapes, structures, tensors), scale, tensors)
+    structures = StoredStructures(content, header.structures, [layer.structure for layer in header.layers])
+    weights = _read_weights(path, header, structures, tensors)
+    return PackedNetwork(weights, scale, tensors, header.solver, header.inputs, header.operators)
 
 
 def _refuse_repeated_names(path: str | Path) -> None:
@@ -185,36 +235,6 @@ def _refuse_repeated_names(path: str | Path) -> None:
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         json.loads(file.read(length), object_pairs_hook=unique_members)
-
-
-def _read_header(path: str | Path, metadata: str) -> tuple[list[int], list[tuple[str, tuple[int, ...], int]]]:
-    """Lengths of the structures and entries of the layers; `StoredStructures.decode` checks lengths and numbers."""
-    try:
-        header = json.loads(metadata, object_pairs_hook=unique_members)
-        version = header["version"]
-        if type(version) is not int or version not in _READABLE:
-            raise ArtifactError(f"{path} has format version {version!r:.40}; this pibinn_plugin reads {_READABLE}")
-        lengths, layers = header["structures"], header["layers"]
-        checked = [(_checked_text(name), tuple(map(_checked_size, shape)), number) for name, shape, number in layers]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{path}: the JSON metadata is malformed: {error!r}") from error
-    if not checked or len({name for name, _, _ in checked}) != len(checked):
-        raise ArtifactError(f"{path}: the metadata names no layer, or one twice")
-    return lengths, checked
-
-
-def _checked_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a name")
-    return value
-
-
-def _checked_size(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise TypeError(f"{value!r} is not a size")
-    return value
 
 
 def _read_scale(path: str | Path, scale: Tensor | None) -> float:
@@ -226,22 +246,35 @@ def _read_scale(path: str | Path, scale: Tensor | None) -> float:
 
 
 def _read_weights(
-    path: str | Path, shapes: dict[str, tuple[int, ...]], structures: StoredStructures, tensors: dict[str, Tensor]
+    path: str | Path, header: Header, structures: StoredStructures, tensors: dict[str, Tensor]
 ) -> dict[str, PackedSigns]:
     try:
         decoded = structures.decode()
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
+    signs = _split_signs(path, header, tensors) if header.is_one_tensor else tensors
     weights = {}
-    for (name, shape), structure in zip(shapes.items(), decoded, strict=True):
-        bits = tensors.pop(name, None)
-        if bits is None:
-            raise ArtifactError(f"{path}: the packed weight {name!r} is missing")
-        try:
-            weights[name] = PackedSigns(bits, structure, shape)
-        except PIBiNNError as error:
-            raise ArtifactError(f"{path}: the packed weight {name!r} is inconsistent: {error}") from error
+    for layer, structure in zip(header.layers, decoded, strict=True):
+        for name in layer.names:
+            bits = signs.pop(name, None)
+            if bits is None:
+                raise ArtifactError(f"{path}: the packed weight {name!r} is missing")
+            try:
+                weights[name] = PackedSigns(bits, structure, layer.shape)
+            except PIBiNNError as error:
+                raise ArtifactError(f"{path}: the packed weight {name!r} is inconsistent: {error}") from error
+            if layer.nnz not in (None, weights[name].nnz):
+                raise ArtifactError(f"{path}: {name!r} has {weights[name].nnz} signs, and not the {layer.nnz} stated")
     return weights
+
+
+def _split_signs(path: str | Path, header: Header, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The signs of each weight, from the one tensor that holds all of them, which is taken out."""
+    signs = tensors.pop(_SIGNS, None)
+    sizes = {name: -(-(layer.nnz or 0) // 8) for layer in header.layers for name in layer.names}
+    if signs is None or signs.dtype != torch.uint8 or tuple(signs.shape) != (sum(sizes.values()),):
+        raise ArtifactError(f"{path}: {_SIGNS!r} is missing, or not the {sum(sizes.values())} bytes of its layers")
+    return dict(zip(sizes, signs.split(list(sizes.values())), strict=True))
 
 
 def _pack_weights(model: nn.Module, network: PackedNetwork) -> None:

@@ -1,8 +1,10 @@
 """The command line on a small problem: every verb, resuming, the float twin, and errors of one line."""
 
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -50,12 +52,17 @@ def small_solver():
     return CoupledISTA(SignBlocks(2, 8, 16), layers=3)
 
 
+def nmse(printed):
+    """The test error that the last table shows."""
+    return float(re.findall(r"test/NMSE\s*[^\s\d-]*\s*(-?\d+\.\d+)", printed)[-1])
+
+
 def test_fit_test_convert_summary(run, capsys):
     run("fit")
     checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["epoch"] == 3
     run("test")
-    assert "test/NMSE" in capsys.readouterr().out
+    error = nmse(capsys.readouterr().out)
     run("convert")
     run("export", "--format", "onnx")
     session = onnxruntime.InferenceSession("run/solver.onnx")
@@ -66,9 +73,38 @@ def test_fit_test_convert_summary(run, capsys):
     assert f"{size:,} bytes" in printed
     assert printed.count("layers.2.weight") == 2  # once by convert, once by summary
     assert f"onnx       {Path('run/solver.onnx').stat().st_size:>8,} " in printed
+    run("test", "--packed", "run/solver.safetensors")
+    assert nmse(capsys.readouterr().out) == pytest.approx(error, abs=1e-3)
     loaded = pb.load("run/solver.safetensors", into=small_solver())
     scale = checkpoint["state_dict"]["pibinn_scale.value"].abs()
     assert torch.equal(loaded.layers[0].weight.abs(), scale.expand(2, 16, 8))
+
+
+def test_a_packed_file_is_evaluated_exported_to_c_and_applied(run, capsys):
+    run("fit", "--trainer.max_epochs", "1")
+    run("convert")
+    assert pb.load("run/solver.safetensors").layers[2].weight.shape == (2, 16, 8)
+    y = torch.randn(3, 16)
+    np.save("y.npy", y.numpy())
+    main(["apply", "run/solver.safetensors", "y.npy", "-o", "x.npy"])
+    with torch.no_grad():
+        expected = pb.load("run/solver.safetensors", into=small_solver())(y)
+    np.testing.assert_allclose(np.load("x.npy"), expected, rtol=1e-5, atol=1e-6)
+    run("export", "--format", "c")
+    assert re.search(r"c file: run/solver\.c .*\nflash [\d,]+ bytes, RAM [\d,]+ bytes on ", capsys.readouterr().out)
+    for options, words in (
+        (["--model.solver.init_args.operator.init_args.seed", "7"], "is not that of the file"),
+        (["--ckpt_path", "run/checkpoints/last.ckpt"], "no checkpoint beside it"),
+    ):
+        with pytest.raises(SystemExit):
+            run("test", "--packed", "run/solver.safetensors", *options)
+        assert words in capsys.readouterr().err
+
+
+def test_predict_is_no_verb(run, capsys):
+    with pytest.raises(SystemExit):
+        run("predict")
+    assert "predict" in capsys.readouterr().err
 
 
 def test_a_stopped_run_resumes_to_the_same_checkpoint(run):

@@ -163,20 +163,20 @@ def rewritten(path, change):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda tensors, header: tensors.pop("layers.0.weight"),
+        lambda tensors, header: tensors.pop("baseline.codes"),
         lambda tensors, header: tensors.pop("thresholds"),
         lambda tensors, header: tensors.update(more=torch.zeros(1)),
         lambda tensors, header: tensors.update({"baseline.scales": torch.ones(4)}),
         lambda tensors, header: tensors.update({"baseline.scales": torch.ones(2)}),
         lambda tensors, header: header["layers"].pop(),
         lambda tensors, header: header.pop("structures"),
-        lambda tensors, header: header["layers"][2].__setitem__(1, 1),
+        lambda tensors, header: header["layers"][0].__setitem__(0, "layers.{0..1}.weight"),
         lambda tensors, header: header["layers"][0].__setitem__(1, -1),
         lambda tensors, header: header.update(structures=[5]),
         lambda tensors, header: header.update(structures=[-1, 7]),
         lambda tensors, header: header.update(quantizer="binary"),
         lambda tensors, header: header.pop("base"),
-        lambda tensors, header: tensors.update({"layers.0.weight": torch.zeros(7, dtype=torch.uint8)}),
+        lambda tensors, header: tensors.update({"baseline.codes": torch.zeros(7, dtype=torch.uint8)}),
         lambda tensors, header: tensors.update(thresholds=torch.zeros(5)),
     ],
 )

@@ -27,6 +27,8 @@ from pibinn_plugin import (
 )
 from pibinn_plugin.nn import BlockDiagonalLinear
 from pibinn_plugin.storage import atomic_file, packed_file
+from pibinn_plugin.storage.header import digest
+from pibinn_plugin.storage.layer_names import expand
 from pibinn_plugin.structure import Banded, BlockDiagonal, Mask
 from pibinn_plugin.weights import packed_weights
 
@@ -180,11 +182,14 @@ def test_stock_safetensors_reads_the_file(packed, path):
     with safetensors.safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["pibinn"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    assert header["version"] == 3
+    assert header["version"] == 4
     assert header["structures"] == [len(BlockDiagonal(2).to_bytes()), 6, len(TARGETS["last.weight"].to_bytes())]
-    assert [number for _, _, number in header["layers"]] == [0, 0, 0, 1, 2]
-    assert [name for name, _, _ in header["layers"]] == list(weight_bits(packed))
-    assert all(torch.equal(tensors[name], bits) for name, bits in weight_bits(packed).items())
+    assert header["layers"] == [
+        ["solver.layers.{0..2}.weight", [8, 8], 0, 32],
+        ["solver.compact.weight", [8, 8], 1, 16],
+        ["last.weight", [4, 8], 2, 20],
+    ]
+    assert torch.equal(tensors["pibinn.signs"], torch.cat(list(weight_bits(packed).values())))
     assert torch.equal(tensors["pibinn.scale"], global_scale(packed)().detach())
     assert torch.equal(tensors["gain"], packed.gain)
     assert torch.equal(safetensors.torch.load_file(path)["norm.running_mean"], packed.norm.running_mean)
@@ -196,14 +201,14 @@ def test_file_without_its_header_is_the_sum_of_the_summary(packed, path):
     assert summary(packed).total_bytes == summary(trained()).total_bytes  # the promise before packing
 
 
-def test_header_takes_at_most_256_bytes_a_layer(tmp_path):
+def test_layers_that_are_alike_take_no_bytes_of_the_header(tmp_path):
     targets = {"solver.layers.*.linear.weight": BlockDiagonal(16)}
     model = nn.Module()
     model.solver = nn.Module()
     model.solver.layers = nn.ModuleList(nn.ModuleDict({"linear": nn.Linear(64, 64, bias=False)}) for _ in range(30))
     path = save(convert(prepare(model, targets)), tmp_path / "net.safetensors")
     (header_bytes,) = struct.unpack("<Q", path.read_bytes()[:8])
-    assert header_bytes <= 256 * 30
+    assert header_bytes <= 512
 
 
 def state_of(model):
@@ -231,17 +236,34 @@ def assert_refused(path, into, words, size=8):
     assert torch.equal(into(input), output)
 
 
-def rewritten(path, change):
-    """The file with its tensors and JSON metadata changed."""
+def parts_of(path):
+    """The tensors and the JSON metadata of a file."""
     with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    header = json.loads(metadata["pibinn"])
-    change(tensors, header)
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["pibinn"])  # noqa: SIM118
+
+
+def as_format_3(path):
+    """The file as the release before format 4 wrote it: a tensor for each weight, and no digest."""
+    tensors, header = parts_of(path)
+    entries = [(name, shape, number, nnz) for entry, shape, number, nnz in header["layers"] for name in expand(entry)]
+    bits = tensors.pop("pibinn.signs").split([-(-nnz // 8) for *_, nnz in entries])
+    tensors |= {name: each.clone() for (name, *_), each in zip(entries, bits, strict=True)}
+    header = {"version": 3, "structures": header["structures"], "layers": [list(entry[:3]) for entry in entries]}
     safetensors.torch.save_file(tensors, path, {"pibinn": json.dumps(header)})
     return path
 
 
+def rewritten(path, change):
+    """The file with its tensors and JSON metadata changed, and the digest that belongs to the change."""
+    tensors, header = parts_of(path)
+    change(tensors, header)
+    if header.pop("digest", None) is not None:
+        header["digest"] = digest(header, tensors)
+    safetensors.torch.save_file(tensors, path, {"pibinn": json.dumps(header)})
+    return path
+
+
+# Changes to a file of format 3.
 BAD = {
     "nan scale": (lambda t, h: t.update({"pibinn.scale": torch.tensor([float("nan")])}), "scale is nan"),
     "zero scale": (lambda t, h: t.update({"pibinn.scale": torch.tensor([0.0])}), "scale is 0"),
@@ -253,7 +275,8 @@ BAD = {
     "no scale": (lambda t, h: t.pop("pibinn.scale"), "pibinn.scale"),
     "no structures": (lambda t, h: t.pop("pibinn.structures"), "pibinn.structures"),
     "version 1": (lambda t, h: (h.update(version=1), h.pop("structures")), "version 1"),
-    "version 4": (lambda t, h: h.update(version=4), "version 4"),
+    "version 5": (lambda t, h: h.update(version=5), "version 5"),
+    "version 4 without its fields": (lambda t, h: h.update(version=4), "malformed"),
     "no version": (lambda t, h: h.pop("version"), "version"),
     "no layers": (lambda t, h: h.update(layers=[]), "no layer"),
     "layer twice": (lambda t, h: h.update(layers=h["layers"] + h["layers"][:1]), "twice"),
@@ -289,7 +312,71 @@ BAD = {
 @pytest.mark.parametrize("defect", BAD)
 def test_bad_file_is_refused_by_name_and_the_model_is_untouched(defect, into, path):
     change, words = BAD[defect]
-    assert_refused(rewritten(path, change), INTO[into](), words)
+    assert_refused(rewritten(as_format_3(path), change), INTO[into](), words)
+
+
+def entry(number, position, value):
+    return lambda t, h: h["layers"][number].__setitem__(position, value)
+
+
+# Changes to a file of format 4, whose digest follows them.
+BAD_4 = {
+    "no signs": (lambda t, h: t.pop("pibinn.signs"), "'pibinn.signs' is missing"),
+    "short signs": (lambda t, h: t.update({"pibinn.signs": t["pibinn.signs"][:-1]}), "not the 17 bytes"),
+    "float signs": (lambda t, h: t.update({"pibinn.signs": t["pibinn.signs"].float()}), "not the 17 bytes"),
+    "one sign fewer": (entry(2, 3, 19), "has 20 signs, and not the 19 stated"),
+    "one byte fewer": (entry(2, 3, 16), "not the 16 bytes"),
+    "negative signs": (entry(2, 3, -20), "malformed"),
+    "signs as text": (entry(2, 3, "20"), "malformed"),
+    "a range of other names": (entry(0, 0, "solver.layers.{1..3}.weight"), r"layers\.3\.weight"),
+    "a range that ends early": (entry(0, 0, "solver.layers.{2..0}.weight"), "range of none"),
+    "a range of 10^9": (entry(0, 0, "solver.layers.{0..999999999}.weight"), "more than 1048576 layers"),
+    "a range over another": (entry(1, 0, "solver.layers.1.weight"), "twice"),
+    "no number of signs": (lambda t, h: h["layers"][0].pop(), "malformed"),
+    "an entry of nothing": (lambda t, h: h["layers"].append([]), "malformed"),
+    "a name in an entry's place": (lambda t, h: h["layers"].append("last.weight"), "malformed"),
+    "no digest": (lambda t, h: h.pop("digest"), "malformed"),
+    "a recipe of text": (lambda t, h: h.update(solver="os.system"), "is no recipe"),
+    "nested inputs": (lambda t, h: h.update(inputs={"kind": {}}), "expected names with numbers or text"),
+    "an operator": (lambda t, h: h.update(operators={"physics.matrix": [1.0, 0.5, 0.5, 0.5]}), "the model lacks"),
+    "half an operator": (lambda t, h: h.update(operators={"physics.matrix": [1.0]}), "no projections"),
+    "an operator of nothing": (lambda t, h: h.update(operators=[1]), "malformed"),
+    "nan scale": (lambda t, h: t.update({"pibinn.scale": torch.tensor([float("nan")])}), "scale is nan"),
+    "missing float": (lambda t, h: t.pop("norm.running_var"), "norm.running_var"),
+}
+
+
+@pytest.mark.parametrize("defect", BAD_4)
+def test_bad_file_of_format_4_is_refused_by_name_and_the_model_is_untouched(defect, path):
+    change, words = BAD_4[defect]
+    assert_refused(rewritten(path, change), Network(1), words)
+
+
+@pytest.mark.parametrize("change", [
+    lambda t, h: t["pibinn.signs"][3:4].bitwise_not_(),
+    lambda t, h: t["norm.running_mean"].add_(1e-3),
+    lambda t, h: t.update(gain=t["gain"].double()),
+    lambda t, h: h.update(inputs={"sampling_rate": 512.0}),
+    lambda t, h: h["layers"].reverse(),
+])  # fmt: skip
+def test_a_change_without_its_digest_is_damage(change, path):
+    tensors, header = parts_of(path)
+    change(tensors, header)
+    safetensors.torch.save_file(tensors, path, {"pibinn": json.dumps(header)})
+    assert_refused(path, Network(1), "is damaged: its content is not what was written")
+
+
+def test_a_hundred_inverted_bytes_are_damage(path):
+    data = bytearray(path.read_bytes())
+    for position in range(len(data) - 100, len(data)):
+        data[position] ^= 255
+    path.write_bytes(bytes(data))
+    assert_refused(path, Network(1), "is damaged")
+
+
+def test_a_file_of_format_3_is_read(path, packed, batch):
+    loaded = load(as_format_3(path), into=Network(1)).eval()
+    assert torch.equal(loaded(batch), packed(batch))
 
 
 def test_file_without_our_metadata_or_no_file_at_all(tmp_path, path):

@@ -1,11 +1,14 @@
 """The exports through Brevitas, and Brevitas' own exporters with our handlers."""
 
+import math
+
 import pytest
 import torch
 from exported_networks import NETWORKS, RawParameter, weak_network
 from torch import nn
 
 import pibinn_plugin as pb
+from lightning_modules.solvers.calibrated_amp import CalibratedAMP
 from pibinn_plugin.weights import packed_weights
 
 onnx = pytest.importorskip("onnx")
@@ -35,20 +38,56 @@ from pibinn_plugin.schemes.brevitas import (  # noqa: E402
 )
 
 FORMATS = ("qonnx", "qcdq")
-# Each band costs qonnx' folding of constants many passes over the graph.
-QONNX_NETWORKS = [name for name in NETWORKS if name != "band"]
+# Networks with a weight that holds its structural zeros, in one of the layers that qonnx has.
+MASKED = (
+    "bitmap",
+    "sparse_rows",
+    "tiles",
+    "masked_band",
+    "masked_blocks",
+    "empty_block",
+    "convolutions",
+    "masked_ista",
+)
 
 
-@pytest.mark.parametrize("name", QONNX_NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_qonnx_of_weak_latents_is_the_network(name, tmp_path):
     model, x = weak_network(name)
     path = pb.export(model, tmp_path / "net.onnx", (x,), "qonnx")
     y = torch.randn_like(x)
     torch.testing.assert_close(qonnx_format.runner(path)((y,))[0], model(y), rtol=1e-4, atol=1e-6)
     operators = [node.op_type for node in onnx.load(path).graph.node]
-    assert operators.count("BipolarQuant") == len(packed_weights(pb.convert(model)))
-    if name in ("dense", "blocks", "permuted", "uneven", "uneven_permuted"):
-        assert "Mul" not in operators  # no mask
+    # A weight has one bit, or, with structural zeros in it, two; nothing is computed of it afterwards.
+    quantizers = operators.count("BipolarQuant") + operators.count("Quant")
+    assert quantizers == len(packed_weights(pb.convert(model)))
+    assert ("Quant" in operators) == (name in MASKED)
+    if not name.endswith("ista") and name not in ("hidden_lista", "band"):  # a compact band is multiplied by elements
+        assert "Mul" not in operators
+
+
+def test_a_weight_that_is_read_as_it_is_and_transposed_is_quantized_in_both(tmp_path):
+    """CalibratedAMP reads the weight outside its layer, and multiplies by it and by its transpose."""
+    model = pb.prepare(CalibratedAMP(16, 32, pb.BlockDiagonal(2), layers=3).eval(), {"operator.weight": None})
+    x = torch.randn(3, 16)
+    path = pb.export(model, tmp_path / "net.onnx", (x,), "qonnx")
+    graph = onnx.load(path).graph
+    assert [node.op_type for node in graph.node].count("BipolarQuant") == 2
+    assert sum(math.prod(tensor.dims) for tensor in graph.initializer) < 2 * 256 + 300
+    y = torch.randn_like(x)
+    torch.testing.assert_close(qonnx_format.runner(path)((y,))[0], model(y), rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_left_for_qonnx_to_fold(tmp_path, monkeypatch):
+    """Its folding infers the shapes of the graph once a constant: minutes for a network of some hundred nodes."""
+    graphs = []
+    clean_up = qonnx_format.cleanup_model
+    monkeypatch.setattr(qonnx_format, "cleanup_model", lambda model: graphs.append(model.graph) or clean_up(model))
+    model, x = weak_network("coupled_ista")
+    pb.export(model, tmp_path / "net.onnx", (x,), "qonnx")
+    known = {tensor.name for tensor in graphs[0].initializer}
+    left = [node.op_type for node in graphs[0].node if known.issuperset(filter(None, node.input))]
+    assert len([name for name in left if name != "BipolarQuant"]) <= 1
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -173,17 +212,17 @@ def test_stock_handlers_are_silently_wrong_and_ours_are_not(export, manager, sto
     assert (wrong - expected).abs().max() > 0.1 * expected.abs().max()
 
 
-class UnmaskedHandler(brevitas_export.QONNXHandler):
+class UnsignedHandler(brevitas_export.QONNXHandler):
     def prepare_for_export(self, module):
         super().prepare_for_export(module)
-        self.mask = None
+        self.masked = module.tracked_module_list[0].quant_weight().value.abs()
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    """Mutation: a handler that forgets the mask."""
+    """Mutation: a handler that forgets the signs."""
     monkeypatch.setattr(brevitas_export, "_HANDLERS", ())
     handlers = [handler for handler in QONNXManager.handlers if handler is not brevitas_export.QONNXHandler]
-    monkeypatch.setattr(QONNXManager, "handlers", [*handlers, UnmaskedHandler])
+    monkeypatch.setattr(QONNXManager, "handlers", [*handlers, UnsignedHandler])
     model, x = weak_network("masked_band")
     with pytest.raises(pb.ExportError, match="differs from the network by"):
         pb.export(model, tmp_path / "net.onnx", (x,), "qonnx")
