@@ -20,7 +20,9 @@ collect_ignore = ["conf.py", "pictures", "gallery"]  # the gallery runs when the
 def parse_commands(example):
     for line in example.parsed.splitlines():
         command = shlex.split(line, comments=True)
-        if command[:3] == ["python", "-m", "lightning_modules"] and command[3] != "compare":
+        if command[:1] == ["pibinn"]:
+            command = ["python", "-m", "lightning_modules", *command[1:]]
+        if command[:3] == ["python", "-m", "lightning_modules"] and command[3] not in ("compare", "apply"):
             with (
                 contextlib.chdir(REPOSITORY),
                 contextlib.redirect_stdout(io.StringIO()),
