@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_modules.checkpointing import AtomicCheckpointIO, RandomState, read_checkpoint
 from lightning_modules.trainer import SolverTrainer
+from lightning_modules.yaml_files import load_yaml
 from pibinn_plugin import TwoStageQAT
 
 __all__ = ["SolverCLI"]
@@ -47,7 +48,10 @@ class SolverCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
-        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        config = self.config if not self.config.get("subcommand") else self.config[self.config.subcommand]
+        for file in config.get("config") or []:
+            load_yaml(Path(str(file)))  # which refuses a key that is given twice
+        path = config.get("ckpt_path")
         if path and Path(path).is_file():
             read_checkpoint(path)  # before LightningCLI reads it
 

@@ -339,11 +339,11 @@ class SignQuantizer(OneBitRule):
         if kind not in (_DISABLED, _ENABLED, _FROZEN) or not start < end <= len(state):
             raise StructureError(f"the state dict holds no state of a sign quantizer, but {state.tolist()[:8]} ...")
         super().set_extra_state(state[start:end])
-        frozen = PackedSigns(state[end:], self.structure, self.shape) if kind == _FROZEN else None
+        signs = PackedSigns(state[end:], self.structure, self.shape) if start > 1 else None  # zeros, if not frozen
         self.thaw()
         self.enabled = kind != _DISABLED  # weights of the float warm-up are float weights, wherever they are loaded
-        if frozen is not None:
-            self.freeze(frozen)
+        if kind == _FROZEN and signs is not None:
+            self.freeze(signs)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SignQuantizer:

@@ -202,6 +202,16 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(run, capsys):
     assert {path.name for path in Path("run").iterdir()} == {"checkpoints", "lightning_logs"}
 
 
+def test_a_key_that_is_given_twice_is_one_line(run, capsys):
+    config = Path("small.yaml").read_text()
+    Path("small.yaml").write_text(config + "trainer: {max_epochs: 1}\n")
+    with pytest.raises(SystemExit) as exit:
+        run("fit")
+    assert exit.value.code == 2
+    assert "error: small.yaml: the key 'trainer' is given again in line" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
 def test_a_folder_that_is_a_file_is_one_line(run, capsys):
     with pytest.raises(SystemExit) as exit:
         run("fit", "--trainer.default_root_dir", "small.yaml")
