@@ -104,7 +104,7 @@ def test_what_cannot_be_analyzed_is_one_line(run, capsys):
     assert "there is no checkpoint none.ckpt" in error_of(run, capsys, "analyze", "--ckpt_path", "none.ckpt")
     assert "float twin has no one-bit weights" in error_of(run, capsys, "analyze", "--float_twin", "true")
     deeper = ("--model.solver.init_args.layers", "4")
-    assert "is the checkpoint of another network" in error_of(run, capsys, "analyze", *deeper)
+    assert "the checkpoint is that of another network" in error_of(run, capsys, "analyze", *deeper)
 
 
 def test_other_solvers_get_what_holds_for_them(run, capsys):
@@ -117,6 +117,7 @@ def test_other_solvers_get_what_holds_for_them(run, capsys):
     # As many unknowns as measurements: HiddenLISTA keeps the length of a signal.
     config["data"]["init_args"]["operator"]["init_args"] = {"blocks": 1, "rows": 16, "columns": 16}
     Path("small.yaml").write_text(yaml.safe_dump(config))
+    shutil.rmtree("run")
     run("fit")
     capsys.readouterr()
     run("analyze")
@@ -138,6 +139,7 @@ def test_a_calibration_gets_the_error_of_its_rows_and_the_curve_of_its_pairs(run
     config["qat"]["targets"] = {"solver.operator.weight": None}
     config["qat"]["initialization"] = {"class_path": "pibinn_plugin.initialization.SignsFromPairs"}
     Path("small.yaml").write_text(yaml.safe_dump(config))
+    shutil.rmtree("run")
     run("fit")
     capsys.readouterr()
     run("analyze")
@@ -171,6 +173,7 @@ def test_operators_without_blocks_are_compared_as_a_matrix(run, capsys, name, op
     }
     config["data"]["init_args"]["operator"] = operator
     Path("small.yaml").write_text(yaml.safe_dump(config))
+    shutil.rmtree("run")
     run("fit")
     capsys.readouterr()
     run("analyze")
