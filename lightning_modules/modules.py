@@ -26,7 +26,8 @@ class SolverModule(pl.LightningModule):
     """Train a solver on batches ``(y, x)`` with Adam and a cosine schedule to zero.
 
     Three groups of parameters have learning rates of their own: weights (latents, once `TwoStageQAT` has prepared the
-    module), the scalars of the algorithm (step sizes, thresholds), and λ, whose rate is relative to its value.
+    module), the scalars of the algorithm (step sizes, thresholds), and λ, or the ``scales`` of a baseline quantizer,
+    whose rate is relative to their largest value.
 
     Args:
         solver: a module that maps y, shape (batch, measurements), to an estimate of x, shape (batch, unknowns).
@@ -134,7 +135,7 @@ class SolverModule(pl.LightningModule):
         weights, scalars, scales = [], [], []
         scale_ids = {id(module.value) for module in self.modules() if isinstance(module, GlobalScale)}
         for name, parameter in self.named_parameters():
-            if id(parameter) in scale_ids:
+            if id(parameter) in scale_ids or name.rpartition(".")[2] == "scales":
                 scales.append(parameter)
             # "original" is what a torch parametrization calls the parameter behind a weight.
             elif name.rpartition(".")[2] in ("weight", "original"):

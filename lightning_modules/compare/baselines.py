@@ -76,6 +76,16 @@ class BaselineQuantizer(StructureInStateDict, nn.Module, ABC):
         """Assigning a weight to a parametrized parameter sets its latents."""
         return weight
 
+    @torch.no_grad()
+    def switch(self, latent: Tensor, enabled: bool) -> None:
+        """Begin or end to quantize; what has to be found where quantization begins is found from the latent."""
+        if enabled and not self.enabled:
+            self.begin(self.structural(latent))
+        self.enabled.fill_(enabled)
+
+    def begin(self, values: Tensor) -> None:
+        """Set what is learned beside the latents from the structural latents at which quantization begins."""
+
     @abstractmethod
     def quantize(self, values: Tensor) -> Tensor:
         """The quantized structural nonzeros, shape ``(nnz,)``, differentiable in the latent ones."""
@@ -171,37 +181,50 @@ class TernaryAbsMean(_Ternary):
 
 
 class _ScaledSign(BaselineQuantizer):
-    """``α sign(V)``; the gradient goes through the sign unchanged and through α as it is (XNOR-Net, section 3.1)."""
+    """``α sign(V)`` with learned α, as λ is learned; the gradient goes through the sign unchanged.
+
+    α starts at the least-squares scales, the means of ``|V|`` (XNOR-Net, arXiv 1603.05279, equation 6). There α follows
+    the latents to the end; learned scales can become any that those can, and are trained like λ.
+    """
 
     bits = 1
+    scales: nn.Parameter
 
     @abstractmethod
-    def scales(self, values: Tensor) -> Tensor:
-        """α, shape ``(scales,)``, differentiable."""
+    def least_squares_scales(self, values: Tensor) -> Tensor:
+        """The α, shape ``(scales,)``, that brings ``α sign(V)`` closest to structural latents."""
+
+    @override
+    def begin(self, values: Tensor) -> None:
+        self.scales.copy_(self.least_squares_scales(values))
 
     @override
     def quantize(self, values: Tensor) -> Tensor:
-        return self.weight(sign_ste(values), self.scales(values))
+        return self.weight(sign_ste(values), self.scales)
 
     @override
     def codes_and_scales(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.where(values >= 0, 1.0, -1.0).to(values.dtype), self.scales(values)
+        return torch.where(values >= 0, 1.0, -1.0).to(values.dtype), self.scales
 
 
 class LayerWiseSign(_ScaledSign):
-    """``α sign(V) ⊙ M`` with one ``α = mean|V|`` for each weight: the least-squares scale of a layer.
-
-    Rastegari et al., "XNOR-Net", arXiv 1603.05279, equation 6, for a whole weight.
+    """``α sign(V) ⊙ M`` with one learned α for each weight, at first ``mean|V|``.
 
     Example:
         >>> from pibinn_plugin.targets import resolve_targets
-        >>> [target] = resolve_targets(nn.Linear(2, 2), {"weight": None})
-        >>> LayerWiseSign(target)(torch.tensor([[-1.0, 1.0], [2.0, 4.0]])).tolist()
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[-1.0, 1.0], [2.0, 4.0]]))
+        >>> [target] = resolve_targets(layer, {"weight": None})
+        >>> LayerWiseSign(target)(layer.weight).tolist()
         [[-2.0, 2.0], [2.0, 2.0]]
     """
 
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self.scales = nn.Parameter(self.least_squares_scales(self.structural(target.parameter.detach())))
+
     @override
-    def scales(self, values: Tensor) -> Tensor:
+    def least_squares_scales(self, values: Tensor) -> Tensor:
         return values.abs().mean().reshape(1)
 
     @override
@@ -210,15 +233,17 @@ class LayerWiseSign(_ScaledSign):
 
 
 class ChannelWiseSign(_ScaledSign):
-    """``α_i sign(V_ij) ⊙ M`` with ``α_i = mean|V|`` over the structural nonzeros of row i: a float32 for each row.
+    """``α_i sign(V_ij) ⊙ M`` with a learned α_i for each row, at first ``mean|V|`` over its structural nonzeros.
 
-    Rastegari et al., "XNOR-Net", arXiv 1603.05279, equation 6. A row is an output channel: of a convolution all
-    entries of ``weight[i]``, else the entries along the last dimension (of a row in its block, for compact blocks).
+    A row is an output channel: of a convolution all entries of ``weight[i]``, else the entries along the last
+    dimension (of a row in its block, for compact blocks).
 
     Example:
         >>> from pibinn_plugin.targets import resolve_targets
-        >>> [target] = resolve_targets(nn.Linear(2, 2), {"weight": None})
-        >>> ChannelWiseSign(target)(torch.tensor([[-1.0, 1.0], [2.0, 4.0]])).tolist()
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[-1.0, 1.0], [2.0, 4.0]]))
+        >>> [target] = resolve_targets(layer, {"weight": None})
+        >>> ChannelWiseSign(target)(layer.weight).tolist()
         [[-1.0, 1.0], [3.0, 3.0]]
     """
 
@@ -230,9 +255,10 @@ class ChannelWiseSign(_ScaledSign):
         rows, count = _row_of_each(target).unique(return_inverse=True, return_counts=True)[1:]
         self.register_buffer("rows", rows.to(target.parameter.device), persistent=False)
         self.register_buffer("columns_of", count.to(target.parameter.device), persistent=False)
+        self.scales = nn.Parameter(self.least_squares_scales(self.structural(target.parameter.detach())))
 
     @override
-    def scales(self, values: Tensor) -> Tensor:
+    def least_squares_scales(self, values: Tensor) -> Tensor:
         return values.new_zeros(len(self.columns_of)).index_add(0, self.rows, values.abs()) / self.columns_of
 
     @override

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
@@ -24,13 +24,21 @@ from lightning_modules.compare.baselines import (
     baseline_weights,
 )
 from lightning_modules.compare.dense_twin import RowError, densify
-from pibinn_plugin.initialization import Initialization, SignsFromPairs, start_float_weights
+from pibinn_plugin.errors import PIBiNNError
+from pibinn_plugin.initialization import (
+    Initialization,
+    SignsFromPairs,
+    Solution,
+    operator_entries,
+    start_float_weights,
+)
 from pibinn_plugin.schemes import scheme_of
+from pibinn_plugin.sharding import assign
 from pibinn_plugin.structure import Structure
 from pibinn_plugin.targets import resolve_targets
 from pibinn_plugin.weights import distinct
 
-__all__ = ["BASELINES", "SOLUTIONS", "BaselineQAT", "attach_baseline"]
+__all__ = ["BASELINES", "FIXED", "BaselineQAT", "attach_baseline"]
 
 # Quantizer of a row, as a comparison names it, to what stands in front of each weight.
 BASELINES: dict[str, type[BaselineQuantizer]] = {
@@ -42,9 +50,9 @@ BASELINES: dict[str, type[BaselineQuantizer]] = {
     "layer_wise": LayerWiseSign,
     "parq": LayerWiseSign,
     "zero_bit": FloatWeight,
+    "oracle": FloatWeight,
 }
-
-SOLUTIONS = ("ridge", "box", "one_bit")  # of `start_float_weights`
+FIXED = ("zero_bit", "oracle")  # those that train no weights
 
 
 Start = Callable[[nn.Module, Mapping[str, Structure | None]], None]
@@ -55,7 +63,8 @@ def attach_baseline(
 ) -> None:
     """Put baseline quantizers in front of the target weights of a model, in place.
 
-    ``fp32_dense`` takes every structure away first; ``zero_bit`` freezes the weights at their initial values.
+    ``fp32_dense`` takes every structure away first; ``zero_bit`` freezes the weights at their initial values, and
+    ``oracle`` where ``start`` puts them, at the operator that the others have to learn.
 
     Args:
         model: any module.
@@ -90,16 +99,28 @@ def attach_baseline(
     for target in resolved:
         for place in distinct(target.places):
             parametrize.register_parametrization(place.module, place.parameter_name, BASELINES[quantizer](target))
-    if quantizer == "zero_bit":
-        for _, latent, _ in baseline_weights(model):
+    for _, latent, front in baseline_weights(model):
+        if quantizer in FIXED:
             latent.requires_grad_(False)
+        elif quantizer == "parq":  # follows mean|V|, by an optimizer of its own
+            front.requires_grad_(False)
+
+
+def _start_at_operator(data: pl.LightningDataModule, model: nn.Module, targets: Mapping[str, Structure | None]) -> None:
+    """Set the weights to the operator that the data are measured with."""
+    for target in resolve_targets(model, targets):
+        try:
+            entries = operator_entries(getattr(data, "operator", None), target.structure, target.shape)
+        except (PIBiNNError, ValueError) as error:
+            raise RowError(f"{target} is not the operator of {type(data).__name__}: {error}") from error
+        assign(target.parameter, entries if target.compact else target.structure.to_dense(entries, target.shape))
 
 
 class BaselineQAT(Callback):
     """Train a baseline on the targets of `TwoStageQAT`: the same weights, structures and float warm-up.
 
     The quantizers are put in front of the weights in ``setup``, before the optimizer is made. The latents train to the
-    last step: baselines whose scales follow from the latents have no second stage.
+    last step: baselines have no second stage.
 
     Args:
         targets: pattern of parameter names of the LightningModule to structure, as of `TwoStageQAT`.
@@ -107,7 +128,7 @@ class BaselineQAT(Callback):
         quantization_start: an epoch (int), or a fraction of all optimizer steps (float). Until then the latents train
             as float weights.
         initialization: that of `TwoStageQAT`; the baseline starts from the same pairs, and the same scale where that
-            is known. ``zero_bit`` does not.
+            is known. ``zero_bit`` does not, and ``oracle`` starts at the operator that the data module has.
         solution: of the least-squares problem that these pairs pose, see `start_float_weights`.
 
     Raises:
@@ -125,7 +146,7 @@ class BaselineQAT(Callback):
         quantizer: str,
         quantization_start: int | float = 0,
         initialization: Initialization | None = None,
-        solution: Literal["ridge", "box", "one_bit"] = "box",
+        solution: Solution = "box",
     ) -> None:
         if initialization is not None and not isinstance(initialization, SignsFromPairs):
             raise MisconfigurationException(
@@ -139,8 +160,12 @@ class BaselineQAT(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         attached = [quantizer for _, _, quantizer in baseline_weights(pl_module)]
         if not attached:
-            is_new = stage == "fit" and trainer.ckpt_path is None
-            start = partial(self._start, trainer) if is_new and self.initialization is not None else None
+            start: Start | None = None
+            if stage == "fit" and trainer.ckpt_path is None:
+                if self.quantizer == "oracle":
+                    start = partial(_start_at_operator, trainer.datamodule)  # type: ignore[attr-defined]
+                elif self.initialization is not None:
+                    start = partial(self._start_from_pairs, trainer)
             attach_baseline(pl_module, self.targets, self.quantizer, start)
         elif not all(type(quantizer) is BASELINES[self.quantizer] for quantizer in attached):
             raise MisconfigurationException(
@@ -148,7 +173,7 @@ class BaselineQAT(Callback):
                 f"{self.quantizer!r}"
             )
 
-    def _start(self, trainer: pl.Trainer, model: nn.Module, targets: Mapping[str, Structure | None]) -> None:
+    def _start_from_pairs(self, trainer: pl.Trainer, model: nn.Module, targets: Mapping[str, Structure | None]) -> None:
         assert self.initialization is not None
         named = {
             target.name: target.structure
@@ -176,17 +201,17 @@ class BaselineQAT(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for _, _, quantizer in baseline_weights(pl_module):
-            quantizer.enabled.fill_(True)  # PARQ's weights have their two values by now
+        for _, latent, quantizer in baseline_weights(pl_module):
+            quantizer.switch(latent, True)  # PARQ's weights have their two values by now
 
     def _enable(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(self.quantization_start, int):
             has_started = trainer.current_epoch >= self.quantization_start
         else:
             has_started = trainer.global_step >= self.quantization_start * trainer.estimated_stepping_batches
-        for _, _, quantizer in baseline_weights(pl_module):
+        for _, latent, quantizer in baseline_weights(pl_module):
             # PARQ's optimizer quantizes, not the forward.
-            quantizer.enabled.fill_(has_started and self.quantizer != "parq")
+            quantizer.switch(latent, has_started and self.quantizer != "parq")
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         metavar="ROW",
         help=f"quantizers ({', '.join(QUANTIZERS)}; all unless given), or one YAML file that maps each row to its "
-        f"quantizer, overrides (options of fit) and starts",
+        f"quantizer and overrides (options of fit)",
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ... (3)")
     parser.add_argument(

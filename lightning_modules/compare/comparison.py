@@ -97,7 +97,7 @@ def compare(
     with _quiet_lightning():
         task = _task(first)
         for number, row in enumerate(rows, 1):
-            starts = (task.starts_from_pairs and row.tried_starts) or (None,)
+            starts = (task.starts_from_pairs and row.starts) or (None,)
             rates = learning_rates if row.trains_weights else learning_rates[:1]
             candidates = [
                 replace(first, row=row, learning_rate=rate, start=start) for start in starts for rate in rates

@@ -10,8 +10,9 @@ from typing import Any
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.compare.callback import BASELINES, SOLUTIONS
+from lightning_modules.compare.callback import BASELINES, FIXED
 from lightning_modules.yaml_files import load_yaml
+from pibinn_plugin.initialization import SOLUTIONS, Solution
 
 __all__ = ["QUANTIZERS", "Row", "read_rows"]
 
@@ -26,12 +27,9 @@ class Row:
         name: as the table shows it.
         quantizer: ``global`` (TwoStageQAT as the config has it) or a baseline.
         overrides: options of the command line, by their dotted names, that differ from the config.
-        starts: least-squares solutions that a baseline may start from where the config's one-bit weights start from
-            pairs (``ridge``, ``box``, ``one_bit``); the best on the validation set is taken, as of learning rates.
-            Unless given, those that its own weights can be: float ones, or for one-bit rows also the signs.
 
     Raises:
-        MisconfigurationException: an unknown quantizer or start.
+        MisconfigurationException: an unknown quantizer.
 
     Example:
         >>> Row("global, 19 layers", "global", {"model.solver.init_args.layers": 19}).options
@@ -41,16 +39,11 @@ class Row:
     name: str
     quantizer: str
     overrides: dict[str, Any] = field(default_factory=dict)
-    starts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.quantizer not in QUANTIZERS:
             raise MisconfigurationException(
                 f"row {self.name!r}: unknown quantizer {self.quantizer!r}; expected one of {', '.join(QUANTIZERS)}"
-            )
-        if not set(self.starts) <= set(SOLUTIONS):
-            raise MisconfigurationException(
-                f"row {self.name!r}: starts {list(self.starts)}; expected some of {', '.join(SOLUTIONS)}"
             )
 
     @property
@@ -61,16 +54,18 @@ class Row:
         ]
 
     @property
-    def tried_starts(self) -> tuple[str, ...]:
-        """The least-squares solutions to search among; none where the row has a start of its own."""
-        if self.quantizer in ("global", "zero_bit"):
-            return ()
-        return self.starts or (("box", "one_bit") if BASELINES[self.quantizer].bits == 1 else ("ridge", "box"))
+    def starts(self) -> tuple[Solution, ...]:
+        """The solutions to search among where the config's one-bit weights start from pairs: all, for every baseline.
+
+        Among them is the network that the one-bit row starts at. A row that was not offered it would show how bad
+        its start is, not how good its weights.
+        """
+        return () if self.quantizer in ("global", *FIXED) else SOLUTIONS
 
     @property
     def trains_weights(self) -> bool:
         """Whether the learning rate of weights matters to it."""
-        return self.quantizer != "zero_bit"
+        return self.quantizer not in FIXED
 
 
 def read_rows(names: Sequence[str]) -> tuple[Row, ...]:
@@ -80,8 +75,8 @@ def read_rows(names: Sequence[str]) -> tuple[Row, ...]:
         names: such as ``["fp32", "global"]`` or ``["rows.yaml"]``; none for every quantizer.
 
     Raises:
-        MisconfigurationException: an unknown quantizer or start, or a file that does not map rows to their fields or
-            has a key twice.
+        MisconfigurationException: an unknown quantizer, or a file that does not map rows to their fields or has a
+            key twice.
         FileNotFoundError: no such file.
 
     Example:
@@ -95,11 +90,9 @@ def read_rows(names: Sequence[str]) -> tuple[Row, ...]:
         return tuple(_row(name, **(fields or {})) for name, fields in content.items())
     except (TypeError, AttributeError) as error:
         raise MisconfigurationException(
-            f"{names[0]} should map each row to its quantizer, overrides and starts: {error}"
+            f"{names[0]} should map each row to its quantizer and overrides: {error}"
         ) from error
 
 
-def _row(
-    name: str, quantizer: str | None = None, overrides: dict[str, Any] | None = None, starts: Sequence[str] = ()
-) -> Row:
-    return Row(str(name), quantizer or str(name), dict(overrides or {}), tuple(starts))
+def _row(name: str, quantizer: str | None = None, overrides: dict[str, Any] | None = None) -> Row:
+    return Row(str(name), quantizer or str(name), dict(overrides or {}))

@@ -30,6 +30,7 @@ from lightning_modules.modules import SolverModule
 from lightning_modules.solver_cli import SolverCLI
 from lightning_modules.trainer import SolverTrainer
 from pibinn_plugin.errors import ArtifactError, ScaleError, StructureError
+from pibinn_plugin.initialization import Solution
 from pibinn_plugin.storage.atomic_file import atomic_file
 
 __all__ = ["Run", "build", "callbacks_of", "evaluate", "finished_run", "inference_microseconds", "train"]
@@ -49,7 +50,7 @@ class Run:
         row: quantizer and overrides.
         seed: of everything that is drawn: weights, and training data where they take a seed.
         learning_rate: of weights and latents.
-        start: least-squares solution that a baseline starts from, where one-bit weights start from pairs.
+        start: what a baseline starts from, where one-bit weights start from pairs.
         seeded: more options of the command line that get the seed.
     """
 
@@ -58,7 +59,7 @@ class Run:
     row: Row
     seed: int
     learning_rate: float
-    start: str | None = None
+    start: Solution | None = None
     seeded: tuple[str, ...] = ()
 
     @property
@@ -66,7 +67,7 @@ class Run:
         """Of its files: readable, and another one whenever anything it depends on is another."""
         row = "".join(letter if letter.isalnum() else "_" for letter in self.row.name)
         start = f"-{self.start}" if self.start else ""
-        # Neither the title of a row nor the starts it may choose from change a run.
+        # The title of a row does not change a run.
         fields = asdict(self) | {"row": [self.row.quantizer, self.row.overrides]}
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
         return f"{row}{start}-lr{self.learning_rate:g}-seed{self.seed}-{digest}"
@@ -123,9 +124,9 @@ def _place_quantizer(cli: SolverCLI, run: Run) -> None:
     if not places:
         raise MisconfigurationException("without qat (--float_twin true) there are no targets to compare quantizers on")
     qat: Any = callbacks[places[0]]
-    row, start, solution = run.row.quantizer, qat.schedule.sign_stage_start, run.start or "box"
+    row, start, solution = run.row.quantizer, qat.schedule.sign_stage_start, run.start or "signs"
     if row != "global":
-        callbacks[places[0]] = BaselineQAT(qat.targets, row, start, qat.initialization, solution)  # type: ignore[arg-type]
+        callbacks[places[0]] = BaselineQAT(qat.targets, row, start, qat.initialization, solution)
     if row == "parq":
         callbacks.append(PARQ(start / (cli.trainer.max_epochs or 1) if isinstance(start, int) else start))
 

@@ -17,7 +17,8 @@ LEGEND = (
     "Mean ± standard deviation over seeds, of the network read back from its packed file. gap: how much worse {metric} "
     "is on the test set than on the training set. weight bits: codes, scales and structures of the weights; file bits: "
     "the whole packed file with float parameters and header. Ternary files hold five codes in a byte; in brackets with "
-    "two bits a code. zero_bit: the weights that the constructor of the solver makes, of which nothing is stored. "
+    "two bits a code. zero_bit: the weights that the constructor of the solver makes, of which nothing is stored; "
+    "oracle: the operator that the others have to learn. "
     "train: seconds on the machine below; inference: µs of one example on one thread, the median; global runs on its "
     "packed signs, the others on weights unpacked to fp32."
 )
@@ -64,7 +65,7 @@ def results_text(comparison: Comparison, command: str, plot: Path) -> str:
         f"![{comparison.metric} against stored bits]({plot.name})",
         "## Learning rates",
         f"The same search for all rows: {comparison.metric} on the validation set, seed {''.join(seeds[:1])}; the best "
-        f"was then trained on the seeds {', '.join(seeds)}. zero_bit trains no weights.",
+        f"was then trained on the seeds {', '.join(seeds)}. zero_bit and oracle train no weights.",
         markdown(["row", "start", "learning rate", f"validation {comparison.metric}"], _search_cells(comparison)),
         "## Machine",
         machine(),

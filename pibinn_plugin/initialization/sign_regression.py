@@ -32,6 +32,11 @@ class OneBitStart(NamedTuple):
     latent: Tensor
     scale: float
 
+    @property
+    def weight(self) -> Tensor:
+        """``λ sign(V)``."""
+        return torch.where(self.latent >= 0, self.scale, -self.scale).to(self.latent)
+
 
 @dataclass
 class RowGroups:

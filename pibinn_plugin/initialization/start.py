@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from pibinn_plugin.structure import Shape, Structure
 from pibinn_plugin.structure.base import matrix_shape
 from pibinn_plugin.targets import Targets, resolve_targets
 from pibinn_plugin.weights import OneBitWeight, global_scale, quantized_weights
+
+Solution = Literal["ridge", "box", "one_bit", "signs"]  # see `start_float_weights`
+SOLUTIONS: tuple[Solution, ...] = get_args(Solution)
 
 _ROUNDING = 1e-6  # of the energy of an operator
 _PROBES = 256  # unit vectors given to an operator at a time
@@ -190,6 +193,21 @@ def signs_from_operator(operator: Any, structure: Structure, shape: Shape, adjoi
         >>> signs_from_operator(torch.tensor([[0.5, -1.5]]), Dense(), (1, 2))
         OneBitStart(latent=tensor([[ 0.5000, -1.5000]]), scale=1.0)
     """
+    values = operator_entries(operator, structure, shape, adjoint)
+    scale = initial_scale([values])
+    return OneBitStart(one_bit_latent(torch.where(values >= 0, 1.0, -1.0), values, scale), scale)
+
+
+def operator_entries(operator: Any, structure: Structure, shape: Shape, adjoint: bool = False) -> Tensor:
+    """The entries of a known A, or of Aᵀ, inside a structure, in compact form.
+
+    Args, errors and warnings are those of `signs_from_operator`, which takes their signs.
+
+    Example:
+        >>> from pibinn_plugin.structure import BlockDiagonal
+        >>> operator_entries(torch.tensor([[0.5, 0.0], [0.0, 2.0]]), BlockDiagonal(2), (2, 2)).tolist()
+        [[[0.5]], [[2.0]]]
+    """
     structure.check(shape)
     rows, columns = matrix_shape(shape)
     apply = _linear_map(operator, adjoint, rows, columns)
@@ -212,16 +230,14 @@ def signs_from_operator(operator: Any, structure: Structure, shape: Shape, adjoi
             f"{structure}, where no weight stands for it; structure_from_operator gives the structure of all of it",
             stacklevel=2,
         )
-    scale = initial_scale([values])
-    latent = one_bit_latent(torch.where(values >= 0, 1.0, -1.0), values, scale)
-    return OneBitStart(latent.reshape(structure.compact_shape(shape)), scale)
+    return values.reshape(structure.compact_shape(shape))
 
 
 def start_float_weights(
     model: nn.Module,
     targets: Targets,
     pairs: Iterable[tuple[Tensor, Tensor]],
-    solution: Literal["ridge", "box", "one_bit"] = "box",
+    solution: Solution = "box",
     scale: float | None = None,
 ) -> None:
     """Give float weights the start that one-bit weights get from pairs: for twins and baselines that are compared.
@@ -230,8 +246,9 @@ def start_float_weights(
         model: one that is not prepared, changed in place.
         targets: pattern of parameter names to structure, see `resolve_targets`; all of one structure and shape.
         pairs: batches of inputs (pairs, columns) and outputs (pairs, rows) of the weight.
-        solution: of one least-squares problem: `ridge_weights`, `box_weights`, or the latents of `one_bit_start`.
-        scale: λ of the last two, where it is known; estimated unless given.
+        solution: of one least-squares problem: ``ridge`` and ``box``, those of `ridge_weights` and `box_weights`;
+            ``one_bit``, the latents of `one_bit_start`; or ``signs``, the weights λ S that one-bit weights have then.
+        scale: λ of the last three, where it is known; estimated unless given.
 
     Raises:
         TargetError: no weight of that name, or weights of several shapes or structures.
@@ -251,10 +268,13 @@ def start_float_weights(
         statistics.add(inputs, outputs)
     if solution == "ridge":
         weight = ridge_weights(statistics)
-    elif solution in ("box", "one_bit"):
-        weight = (box_weights if solution == "box" else one_bit_start)(statistics, scale).latent
+    elif solution == "box":
+        weight = box_weights(statistics, scale).latent
+    elif solution in ("one_bit", "signs"):
+        start = one_bit_start(statistics, scale)
+        weight = start.latent if solution == "one_bit" else start.weight
     else:
-        raise PIBiNNError(f"unknown solution {solution!r}; expected 'ridge', 'box' or 'one_bit'")
+        raise PIBiNNError(f"unknown solution {solution!r}; expected one of {', '.join(SOLUTIONS)}")
     for target in found:
         assign(target.parameter, weight if target.compact else structure.to_dense(weight, shape))
 

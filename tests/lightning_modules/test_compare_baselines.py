@@ -17,7 +17,7 @@ from lightning_modules.compare.baselines import baseline_weights
 from lightning_modules.compare.callback import BASELINES, BaselineQAT, attach_baseline
 from lightning_modules.compare.dense_twin import RowError, densify
 from lightning_modules.compare.parq import PARQ
-from pibinn_plugin.initialization import SignsFromPairs, start_float_weights
+from pibinn_plugin.initialization import SOLUTIONS, SignsFromPairs, start_float_weights
 from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear
 
 QUANTIZED = ["ternary_twn", "ternary_b158", "channel_wise", "layer_wise"]
@@ -116,11 +116,23 @@ def test_gradients_of_ternary_weights_pass_unchanged_inside_the_structure(quanti
 def test_gradients_of_scaled_signs_go_through_sign_and_scale():
     layer = nn.Linear(8, 6)
     attach_baseline(layer, TARGETS, "channel_wise")
+    latent, front = layer.parametrizations.weight.original, layer.parametrizations.weight[0]
+    with torch.no_grad():
+        front.scales += torch.rand(6)  # learned ones are no means
     upstream = upstream_gradient(layer)
-    latent = layer.parametrizations.weight.original
-    signs, scales = latent.detach().sign(), latent.detach().abs().mean(1, keepdim=True)
-    expected = scales * upstream + signs * (upstream * signs).mean(1, keepdim=True)
-    torch.testing.assert_close(latent.grad, expected)
+    torch.testing.assert_close(latent.grad, front.scales.detach().unsqueeze(1) * upstream)
+    torch.testing.assert_close(front.scales.grad, (upstream * latent.detach().sign()).sum(1))
+
+
+@pytest.mark.parametrize("quantizer", ["channel_wise", "layer_wise"])
+def test_scales_are_learned_from_the_means_at_which_quantization_begins(quantizer):
+    module = train([BaselineQAT(LAYER, quantizer, 2)])
+    at_the_switch = module.seen[8].abs()
+    before = module.seen[7].abs()  # a float weight; one step of Adam lies between
+    mean = before.mean(-1, keepdim=True) if quantizer == "channel_wise" else before.mean()
+    torch.testing.assert_close(at_the_switch, mean.expand_as(before), atol=0.011, rtol=0)
+    [(_, latent, front)] = baseline_weights(module)
+    assert not torch.allclose(front.scales, front.least_squares_scales(front.structural(latent.detach())))
 
 
 def test_the_dense_twin_starts_with_equal_outputs():
@@ -162,8 +174,10 @@ class Regression(pl.LightningModule):
         return nn.functional.mse_loss(self.gain * self.layer(x), y)
 
     def configure_optimizers(self):
-        weights = [parameter for parameter in self.parameters() if parameter is not self.gain]
-        return torch.optim.Adam([{"params": weights, "lr": 1e-2}, {"params": [self.gain], "lr": 1e-2}])
+        parameters = dict(self.named_parameters())
+        weights = [parameter for name, parameter in parameters.items() if name.endswith(("weight", "original"))]
+        others = [parameter for name, parameter in parameters.items() if not name.endswith(("weight", "original"))]
+        return torch.optim.Adam([{"params": weights, "lr": 1e-2}, {"params": others, "lr": 1e-2}])
 
 
 class Pairs(pl.LightningDataModule):
@@ -172,19 +186,20 @@ class Pairs(pl.LightningDataModule):
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(64, 16, generator=generator)
         operator = torch.block_diag(*torch.randn(4, 2, 4, generator=generator).sign())
+        self.operator = operator
         self.pairs = TensorDataset(x @ operator.T + 0.1 * torch.randn(64, 8, generator=generator), x)
 
     def train_dataloader(self):
         return DataLoader(self.pairs, batch_size=16)
 
 
-def train(callbacks, epochs=4, ckpt_path=None, **options):
+def train(callbacks, epochs=4, ckpt_path=None, data=None, **options):
     module = Regression()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer = pl.Trainer(
         max_epochs=epochs, callbacks=callbacks, **{"enable_checkpointing": False} | quiet | options
     )  # fmt: skip
-    trainer.fit(module, datamodule=Pairs(), ckpt_path=ckpt_path)
+    trainer.fit(module, datamodule=data or Pairs(), ckpt_path=ckpt_path)
     return module
 
 
@@ -209,6 +224,23 @@ def test_zero_bit_trains_scalars_only():
     assert module.gain.item() != 1.0
 
 
+def test_the_oracle_knows_the_operator_and_keeps_it():
+    module = train([BaselineQAT(LAYER, "oracle", initialization=SignsFromPairs())])
+    dense = module.layer.structure.to_dense(module.layer.weight.detach(), module.layer.dense_shape)
+    assert torch.equal(dense, Pairs().operator)
+    assert module.gain.item() != 1.0
+
+
+def test_data_without_an_operator_of_the_weight_have_no_oracle():
+    class OtherPairs(Pairs):
+        def __init__(self):
+            super().__init__()
+            self.operator = torch.eye(3)
+
+    with pytest.raises(RowError, match="is not the operator of OtherPairs"):
+        train([BaselineQAT(LAYER, "oracle")], data=OtherPairs())
+
+
 def test_zero_bit_may_have_no_targets_and_no_other_row_may():
     assert train([BaselineQAT({}, "zero_bit")]).gain.item() != 1.0
     with pytest.raises(pb.TargetError, match="no targets"):
@@ -222,7 +254,7 @@ def test_the_float_warm_up_ends_where_that_of_two_stage_qat_ends(start):
     assert one_value == [False] * 8 + [True] * 8
 
 
-@pytest.mark.parametrize("solution", ["ridge", "box", "one_bit"])
+@pytest.mark.parametrize("solution", SOLUTIONS)
 def test_a_baseline_starts_from_the_pairs(solution):
     twin = Regression()
     start_float_weights(twin, LAYER, [Pairs().pairs.tensors[::-1]], solution)
