@@ -162,6 +162,8 @@ class BaselineQAT(Callback):
         if not attached:
             start: Start | None = None
             if stage == "fit" and trainer.ckpt_path is None:
+                if self.quantizer == "oracle" and self.initialization is None:
+                    raise RowError("the weights stand for no unknown operator: the config starts none from pairs")
                 if self.quantizer == "oracle":
                     start = partial(_start_at_operator, trainer.datamodule)  # type: ignore[attr-defined]
                 elif self.initialization is not None:

@@ -238,7 +238,9 @@ def test_data_without_an_operator_of_the_weight_have_no_oracle():
             self.operator = torch.eye(3)
 
     with pytest.raises(RowError, match="is not the operator of OtherPairs"):
-        train([BaselineQAT(LAYER, "oracle")], data=OtherPairs())
+        train([BaselineQAT(LAYER, "oracle", initialization=SignsFromPairs())], data=OtherPairs())
+    with pytest.raises(RowError, match="no unknown operator"):
+        train([BaselineQAT(LAYER, "oracle")])
 
 
 def test_zero_bit_may_have_no_targets_and_no_other_row_may():
