@@ -20,6 +20,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_modules.data.artifact_augmentation import ArtifactAugmentation, Distortions
 from lightning_modules.data.epoch_split import TEST_FRACTION, Split, split_rows
 from lightning_modules.data.files import read_epochs
 from lightning_modules.data.resumable_loader import EpochSampler, ResumableLoader, whole_batch
@@ -99,22 +100,31 @@ class FreshMixtures(Dataset[Batch]):
     """Mixtures drawn afresh every epoch from the seed and the epoch index alone.
 
     In epoch `e` every EEG epoch occurs once, in random order, with a random artifact epoch at an SNR uniform in the
-    range. Mixture `i` of epoch `e` has the index `e * len(self) + i`, as :class:`EpochSampler` counts; one batch
-    belongs to one epoch.
+    range, distorted at random where there is an augmentation. Mixture `i` of epoch `e` has the index
+    `e * len(self) + i`, as :class:`EpochSampler` counts; one batch belongs to one epoch.
 
     Args:
         clean: EEG epochs, shape (epochs, samples).
         artifacts: Artifact epochs, shape (artifact epochs, samples).
         snr_range_db: Lowest and highest SNR in dB.
         seed: Seed of all draws.
+        augmentation: Of the artifacts.
     """
 
-    def __init__(self, clean: Tensor, artifacts: Tensor, snr_range_db: tuple[float, float], seed: int) -> None:
+    def __init__(
+        self,
+        clean: Tensor,
+        artifacts: Tensor,
+        snr_range_db: tuple[float, float],
+        seed: int,
+        augmentation: ArtifactAugmentation | None = None,
+    ) -> None:
         self.clean = clean
         self.artifacts = artifacts
         self.snr_range_db = snr_range_db
         self.seed = seed
-        self._current: tuple[int, FixedMixtures] | None = None
+        self.augmentation = augmentation
+        self._current: tuple[int, Pairing, Distortions | None] | None = None
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -128,12 +138,25 @@ class FreshMixtures(Dataset[Batch]):
             torch.from_numpy(random.uniform(*self.snr_range_db, size=len(self.clean)).astype(np.float32)),
         )
 
+    def distortions(self, epoch: int) -> Distortions | None:
+        """Return what is done to the artifact of each mixture of an epoch."""
+        if self.augmentation is None:
+            return None
+        random = np.random.default_rng([self.seed, epoch, 1])
+        return self.augmentation.draw(random, len(self.clean), self.artifacts.shape[1])
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Return a batch (y, x) of mixtures of one epoch, each (len(indices), samples)."""
         epoch = indices[0] // len(self)
         if self._current is None or self._current[0] != epoch:
-            self._current = epoch, FixedMixtures(self.clean, self.artifacts, self.pairing(epoch))
-        return self._current[1].__getitems__([index - epoch * len(self) for index in indices])
+            self._current = epoch, self.pairing(epoch), self.distortions(epoch)
+        _, pairing, distortions = self._current
+        rows = [index - epoch * len(self) for index in indices]
+        clean, artifact, snr_db = (column[rows] for column in pairing)
+        artifacts = self.artifacts[artifact]
+        if self.augmentation is not None and distortions is not None:
+            artifacts = self.augmentation(artifacts, distortions.of(rows), SAMPLING_RATE)
+        return mix(self.clean[clean], artifacts, snr_db)
 
     def __getitem__(self, index: int) -> Batch:
         y, x = self.__getitems__([index])
@@ -150,7 +173,9 @@ class EEGDenoiseNet(pl.LightningDataModule):
     by the standard deviation of y, as EEGdenoiseNet does.
 
     Epochs are split by the column `split` of `EEG_index.csv` and of the artifact's index where these exist, with whole
-    subjects and recordings held out of training for validation; otherwise in contiguous runs of 80, 10 and 10 %.
+    subjects and recordings held out of training for validation; otherwise in contiguous runs of 80, 10 and 10 %. With
+    `val_source`, validation has the artifacts of a whole source instead: how well a training carries over to recordings
+    of another laboratory shows only there.
     `setup` prints once what was read of each file and how it was split.
 
     Args:
@@ -160,6 +185,9 @@ class EEGDenoiseNet(pl.LightningDataModule):
         batch_size: Mixtures a batch, on each rank.
         val_fraction: Fraction of the training subjects and recordings that validation holds out.
         seed: Seed of the training mixtures.
+        augmentation: How training artifacts are distorted at random; not at all unless given.
+        val_source: Source of the artifact index, such as a laboratory, whose recordings are all held out of training
+            and, but for those of the test set, validated on.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -186,6 +214,8 @@ class EEGDenoiseNet(pl.LightningDataModule):
         batch_size: int = 128,
         val_fraction: float = 0.1,
         seed: int = 0,
+        augmentation: ArtifactAugmentation | None = None,
+        val_source: str | None = None,
     ) -> None:
         super().__init__()
         if artifact not in ("EOG", "EMG"):
@@ -202,6 +232,7 @@ class EEGDenoiseNet(pl.LightningDataModule):
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
+        self.augmentation, self.val_source = augmentation, val_source
 
     @property
     def inputs(self) -> dict[str, str | float]:
@@ -218,10 +249,14 @@ class EEGDenoiseNet(pl.LightningDataModule):
         """Read and split the files, once."""
         if hasattr(self, "train_set"):
             return
-        clean, clean_split = self._read("EEG")
-        artifacts, artifact_split = self._read(self.artifact)
+        clean, clean_split = self._read("EEG", None)
+        artifacts, artifact_split = self._read(self.artifact, self.val_source)
         self.train_set = FreshMixtures(
-            clean[clean_split.train], artifacts[artifact_split.train], self.snr_range_db, self.seed
+            clean[clean_split.train],
+            artifacts[artifact_split.train],
+            self.snr_range_db,
+            self.seed,
+            self.augmentation,
         )
         self.val_set = _validation_mixtures(clean[clean_split.val], artifacts[artifact_split.val])
         self.test_set = _test_mixtures(clean[clean_split.test], artifacts[artifact_split.test])
@@ -230,10 +265,10 @@ class EEGDenoiseNet(pl.LightningDataModule):
             f"validation, {len(self.test_set)} in test."
         )
 
-    def _read(self, kind: str) -> tuple[Tensor, Split]:
+    def _read(self, kind: str, val_source: str | None) -> tuple[Tensor, Split]:
         path = self.data_dir / f"{kind}_all_epochs.npy"
         epochs = read_epochs(path, SAMPLES)
-        split = split_rows(self.data_dir / f"{kind}_index.csv", len(epochs), kind, self.val_fraction)
+        split = split_rows(self.data_dir / f"{kind}_index.csv", len(epochs), kind, self.val_fraction, val_source)
         rank_zero_info(f"{path}: {split}")
         return torch.from_numpy(epochs), split
 

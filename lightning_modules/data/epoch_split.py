@@ -46,7 +46,7 @@ class Split:
         )
 
 
-def split_rows(path: Path, rows: int, kind: str, val_fraction: float) -> Split:
+def split_rows(path: Path, rows: int, kind: str, val_fraction: float, val_source: str | None = None) -> Split:
     """Split the rows of an array of epochs, by its index where there is one and in contiguous runs otherwise.
 
     With an index, the test rows are those it says, and the validation rows are whole groups of train rows (subjects of
@@ -58,22 +58,36 @@ def split_rows(path: Path, rows: int, kind: str, val_fraction: float) -> Split:
         rows: Number of epochs.
         kind: "EEG", "EOG" or "EMG".
         val_fraction: Fraction of the groups, or of the rows, that is held out of training.
+        val_source: Held out instead: the groups of this source, an entry of the column `source`. Test rows stay.
 
     Returns:
         The rows of each part, none empty.
 
     Raises:
         DataFileError: If the index is bad, has no column for the groups or a row without an entry in it, has a group
-            in both train and test, or leaves a part empty, or if there are too few rows to split.
+            in both train and test, or leaves a part empty, has no such source, or if there are too few rows to split.
     """
     index = read_index(path, rows)
+    if val_source is not None and (index is None or not _is_of(val_source, index).any()):
+        found = "no index" if index is None else f"no source {val_source!r}"
+        raise DataFileError(path, found, "a column source with the val_source", "Correct the index, or val_source.")
     if index is None:
         val, test = round(rows * (1 - TEST_FRACTION - val_fraction)), round(rows * (1 - TEST_FRACTION))
         source = f"in contiguous runs: there is no {path.name}"
         split = Split(np.arange(val), np.arange(val, test), np.arange(test, rows), source)
     else:
+        groups = groups_of(path, index, kind)
         is_test = np.array([row["split"] == "test" for row in index])
-        split = _split_groups(path, groups_of(path, index, kind), is_test, val_fraction, GROUP_NAMES[kind])
+        train_groups = _train_groups(path, groups, is_test, GROUP_NAMES[kind])
+        if val_source is None:
+            held_out = _evenly_spaced(train_groups, val_fraction)
+        else:
+            held_out = {groups[row] for row in np.flatnonzero(_is_of(val_source, index))}
+        is_val = np.array([group in held_out for group in groups]) & ~is_test
+        parts = [np.flatnonzero(part) for part in (~is_test & ~is_val, is_val, is_test)]
+        numbers = [len({groups[row] for row in part}) for part in parts]
+        source = f"by {path.name}, of {numbers[0]}, {numbers[1]} and {numbers[2]} {GROUP_NAMES[kind]}"
+        split = Split(parts[0], parts[1], parts[2], source)
     for name in ("train", "val", "test"):
         if len(getattr(split, name)) == 0:
             found = f"{rows} epochs of which none is left for {name}"
@@ -104,18 +118,22 @@ def _identity(entry: str) -> float | str:
     return float(entry) if re.fullmatch(r"[0-9]+(\.[0-9]*)?", entry) else entry.casefold()
 
 
-def _split_groups(
-    path: Path, groups: Sequence[Group], is_test: npt.NDArray[np.bool_], val_fraction: float, name: str
-) -> Split:
+def _is_of(source: str, index: Sequence[dict[str, str]]) -> npt.NDArray[np.bool_]:
+    """Whether each row of an index is of a source."""
+    return np.array([_identity(row.get("source", "")) == _identity(source) for row in index])
+
+
+def _train_groups(path: Path, groups: Sequence[Group], is_test: npt.NDArray[np.bool_], name: str) -> list[Group]:
+    """The groups of the rows that are not of the test, in the order of the file."""
     first_test = {group: row for row, group in reversed(list(enumerate(groups))) if is_test[row]}
     train_groups = list(dict.fromkeys(group for row, group in enumerate(groups) if not is_test[row]))
     if torn := [group for group in train_groups if group in first_test]:
         rows = [row for row, group in enumerate(groups) if group == torn[0] and not is_test[row]]
         found = f"{name} in both train and test, such as that of the rows {rows[0]} and {first_test[torn[0]]}"
         raise DataFileError(path, found, f"{name} in one of the two", "Correct the index.")
-    count = max(1, round(val_fraction * len(train_groups))) if train_groups else 0
-    held_out = {train_groups[int((number + 0.5) * len(train_groups) / count)] for number in range(count)}
-    is_val = np.array([group in held_out for group in groups])
-    numbers = (len(train_groups) - len(held_out), len(held_out), len(first_test))
-    source = f"by {path.name}, of {numbers[0]}, {numbers[1]} and {numbers[2]} {name}"
-    return Split(np.flatnonzero(~is_test & ~is_val), np.flatnonzero(is_val), np.flatnonzero(is_test), source)
+    return train_groups
+
+
+def _evenly_spaced(groups: Sequence[Group], fraction: float) -> set[Group]:
+    count = max(1, round(fraction * len(groups))) if groups else 0
+    return {groups[int((number + 0.5) * len(groups) / count)] for number in range(count)}

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from eeg_files import EEG_SUBJECTS, EOG_RECORDS, ROWS_EACH, loaded, write_small_data_set
+from eeg_files import EEG_SUBJECTS, EOG_RECORDS, ROWS_EACH, loaded, write_index, write_small_data_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from lightning_modules.data.artifact_augmentation import ArtifactAugmentation
 from lightning_modules.data.eegdenoisenet import EVALUATION_LEVELS_DB, EEGDenoiseNet, mix
+from lightning_modules.data.files import DataFileError
 from lightning_modules.data.resumable_loader import EpochSampler, ResumableLoader
 
 
@@ -164,6 +166,53 @@ def test_ranks_together_see_the_batches_of_one_rank(folder, ranks):
         for rank in range(ranks):
             assert torch.equal(parts[rank][step][0], y[rank::ranks])
             assert torch.equal(parts[rank][step][1], x[rank::ranks])
+
+
+def test_a_source_is_held_out_whole_for_validation(folder):
+    """But for its recordings that are for test, which stay there."""
+    records = [
+        {"record": row % EOG_RECORDS, "source": "Here" if row % EOG_RECORDS < 6 else " there"} for row in range(60)
+    ]
+    rows = [record | {"split": "train" if record["record"] % 5 else "test"} for record in records]
+    write_index(folder / "EOG_index.csv", rows)
+    data, usual = loaded(folder, val_source="there"), loaded(folder)
+    parts = {name: rows_of(getattr(data, f"{name}_set"))[1] for name in ("train", "val", "test")}
+    records_of = {name: {(row - 1) % EOG_RECORDS for row in part} for name, part in parts.items()}
+    assert records_of == {"train": {1, 2, 3, 4}, "val": {6, 7, 8, 9}, "test": {0, 5}}
+    assert rows_of(data.train_set)[0] == rows_of(usual.train_set)[0]  # the EEG is split as ever
+
+
+@pytest.mark.parametrize("index", ["with another source", "without sources", "absent"])
+def test_a_source_that_is_not_there_is_an_error(folder, index):
+    path = folder / "EOG_index.csv"
+    if index == "absent":
+        path.unlink()
+    elif index == "without sources":
+        path.write_text(path.read_text().replace("source", "laboratory"))
+    with pytest.raises(DataFileError, match="val_source"):
+        loaded(folder, val_source="elsewhere")
+
+
+def test_an_augmentation_distorts_training_artifacts_only_and_afresh_each_epoch(folder):
+    plain, augmented = loaded(folder), loaded(folder, augmentation=ArtifactAugmentation())
+    for epoch in (0, 3):
+        for (y, x), (other, clean) in zip(batches(plain, epoch), batches(augmented, epoch), strict=True):
+            # The same EEG at the same level, with another artifact.
+            powers = [((a - b).square().sum(1) / b.square().sum(1)) for a, b in ((y, x), (other, clean))]
+            torch.testing.assert_close(*powers, rtol=1e-3, atol=0)
+            assert not torch.allclose(y, other, atol=0.1)
+    assert not torch.equal(augmented.train_set.distortions(0).floor, augmented.train_set.distortions(3).floor)
+    for name in ("val_set", "test_set"):
+        for index in (0, 5):
+            assert torch.equal(getattr(plain, name)[index][0], getattr(augmented, name)[index][0])
+
+
+def test_an_augmented_batch_depends_on_its_rows_alone(folder):
+    data = loaded(folder, augmentation=ArtifactAugmentation(), batch_size=6).train_set
+    together, first = data.__getitems__([len(data) + 2, len(data) + 4]), data[len(data) + 4]
+    torch.testing.assert_close(together[0][1], first[0])
+    again = loaded(folder, augmentation=ArtifactAugmentation(), batch_size=6).train_set
+    assert torch.equal(again.__getitems__([len(data) + 2, len(data) + 4])[0], together[0])
 
 
 class Recorder(pl.LightningModule):
