@@ -7,8 +7,9 @@ the form of `CoupledISTA`. What does not apply is named, with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ from pibinn_plugin.initialization import SignsFromPairs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Analysis", "Trained", "analyze", "newest_sign_history", "plan_examples"]
+__all__ = ["Analysis", "Trained", "analyze", "plan_examples", "sign_logs"]
 
 _ISOMETRY_SAMPLES = 8000  # sets of columns, in all blocks of a weight
 _MOST_BLOCKS = 2000  # of all weights, beyond which only the first and the last are compared with the operator
@@ -236,19 +237,15 @@ def _together(tables: dict[str, GeometryTable]) -> GeometryTable:
     return GeometryTable(rows, first.shape, first.sparsity, first.samples, first.seed, "weight")
 
 
-def newest_sign_history(root: Path) -> SignHistory | None:
-    """The history in the newest log of a run that has one.
+def sign_logs(root: Path) -> list[tuple[Path, SignHistory]]:
+    """The logs of a run that have a history of signs, the newest first.
 
     Args:
         root: ``default_root_dir`` of the run.
     """
-    return next(_histories(root), None)
-
-
-def _histories(root: Path) -> Iterator[SignHistory]:
     logs = sorted(root.glob("lightning_logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    found = []
     for log in reversed(logs):
-        try:
-            yield read_sign_history(log)
-        except PIBiNNError:  # a log of another verb, such as test
-            continue
+        with contextlib.suppress(PIBiNNError):  # a log of another verb, such as test
+            found.append((log, read_sign_history(log)))
+    return found

@@ -181,9 +181,7 @@ class SolverTrainer(pl.Trainer):
         report = pb.summary(model.solver)
         print(report)
         if self.packed_file.is_file():
-            size = self.packed_file.stat().st_size
-            header = size - report.total_bytes
-            print(f"packed file: {self.packed_file} ({size:,} bytes, of which {header:,} are its header)")
+            print(_file_line(self.packed_file, report.total_bytes))
         # A C file is source code: its bytes are not those on the device, which ``export`` prints.
         formats = [format for format in FORMATS if format != "c" and self._exported_file(format).is_file()]
         if formats and datamodule is not None:
@@ -213,7 +211,7 @@ class SolverTrainer(pl.Trainer):
             plan: Print only how many training examples bring the loss on new ones within this gap, such as 0.1; no
                 checkpoint is needed.
         """
-        from lightning_modules.analyze import Trained, analyze, newest_sign_history, plan_examples
+        from lightning_modules.analyze import Trained, analyze, plan_examples, sign_logs
 
         untrained, twin = copy.deepcopy(model), None
         self._prepare(untrained)
@@ -229,8 +227,11 @@ class SolverTrainer(pl.Trainer):
         self._prepare(model)
         epochs = _load_state(model, self._checkpoint(ckpt_path))
         start = next(each.initialization for each in self.callbacks if isinstance(each, pb.TwoStageQAT))
-        report = analyze(Trained(model, untrained, twin, datamodule, epochs, newest_sign_history(root), start))
-        print(report)
+        logs = sign_logs(root)
+        signs = logs[0][1] if logs else None
+        print(report := analyze(Trained(model, untrained, twin, datamodule, epochs, signs, start)))
+        if logs:
+            print(f"log of the signs: {logs[0][0]}" + (f", the newest of {len(logs)}" if len(logs) > 1 else ""))
         for path in report.save_plots(root / "analysis"):
             print(f"plot: {path}")
         if twin is None:
@@ -276,6 +277,17 @@ def _load_state(model: SolverModule, path: str | Path | None) -> int:
     checkpoint = read_checkpoint(str(path))
     model.load_state_dict(checkpoint["state_dict"])
     return int(checkpoint["epoch"]) + 1
+
+
+def _file_line(path: Path, expected: int) -> str:
+    """Size and header of a packed file, and whether its tensors take the bytes that they should."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = min(size, 8 + int.from_bytes(file.read(8), "little"))  # safetensors: the length of the JSON, then it
+    line = f"packed file: {path} ({size:,} bytes, of which {header:,} are its header)"
+    if (held := size - header) != expected:
+        line += f"; it holds {held:,} bytes and not the total above: it is that of another network, convert again"
+    return line
 
 
 def _measurements(datamodule: pl.LightningDataModule) -> Tensor:

@@ -1,5 +1,6 @@
 """The verb ``analyze`` on a small run: tables, plots, the float twin, and errors of one line."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from lightning_modules.analysis.sign_history import SignHistory
-from lightning_modules.analyze import newest_sign_history
+from lightning_modules.analyze import sign_logs
 from lightning_modules.cli import main
 
 CONFIG = Path(__file__).parents[2] / "configs" / "sparse_recovery.yaml"
@@ -77,6 +78,7 @@ def test_tables_and_plots(run, capsys):
         assert f"solver.layers.{layer}.weight: one-bit global" in printed
     assert "N = 40" in printed  # each counts once
     assert "Held out: mean loss" in printed
+    assert "log of the signs: run/lightning_logs/version_0/metrics.csv\n" in printed
 
 
 def test_a_plan_needs_no_checkpoint(run, capsys):
@@ -150,8 +152,8 @@ def test_a_calibration_gets_the_error_of_its_rows_and_the_curve_of_its_pairs(run
     assert Path("run/analysis/pairs.png").is_file()
 
 
-def test_the_newest_log_with_signs_is_found(tmp_path):
-    assert newest_sign_history(tmp_path) is None
+def test_logs_with_signs_are_found_the_newest_first(tmp_path):
+    assert sign_logs(tmp_path) == []
     for version, flipped in ((0, 0.1), (1, 0.2)):
         folder = tmp_path / "lightning_logs" / f"version_{version}"
         folder.mkdir(parents=True)
@@ -159,7 +161,12 @@ def test_the_newest_log_with_signs_is_found(tmp_path):
     later = tmp_path / "lightning_logs" / "version_2"
     later.mkdir()
     (later / "metrics.csv").write_text("epoch,test/NMSE\n0,-9.0\n")
-    assert newest_sign_history(tmp_path) == SignHistory((0,), (0.2,), (0.5,), ("signs",))
+    for version, time in ((0, 2_000), (1, 1_000)):
+        os.utime(tmp_path / "lightning_logs" / f"version_{version}" / "metrics.csv", (time, time))
+    assert [(path.parent.name, history) for path, history in sign_logs(tmp_path)] == [
+        ("version_0", SignHistory((0,), (0.1,), (0.5,), ("signs",))),
+        ("version_1", SignHistory((0,), (0.2,), (0.5,), ("signs",))),
+    ]
 
 
 @pytest.mark.parametrize(("name", "options"), [("SparseSigns", {"nonzeros": 2}), ("SubsampledDCT", {})])

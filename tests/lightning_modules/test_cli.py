@@ -73,6 +73,10 @@ def test_fit_test_convert_summary(run, capsys):
     assert f"{size:,} bytes" in printed
     assert printed.count("layers.2.weight") == 2  # once by convert, once by summary
     assert f"onnx       {Path('run/solver.onnx').stat().st_size:>8,} " in printed
+    packed = pb.load("run/solver.safetensors", into=small_solver())
+    assert f"of which {size - pb.summary(packed).total_bytes:,} are its header)\n" in printed
+    run("summary", "--model.solver.init_args.layers", "4")
+    assert "bytes and not the total above: it is that of another network" in capsys.readouterr().out
     run("test", "--packed", "run/solver.safetensors")
     assert nmse(capsys.readouterr().out) == pytest.approx(error, abs=1e-3)
     loaded = pb.load("run/solver.safetensors", into=small_solver())
