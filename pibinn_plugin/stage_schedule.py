@@ -89,18 +89,12 @@ def _has_started(start: int | float, trainer: pl.Trainer) -> bool:
 
 
 def _training_steps(trainer: pl.Trainer) -> int | float:
-    if trainer.max_epochs == trainer.max_steps == -1:
-        raise _unknown_length()  # Lightning would count the batches of an endless training
     # In manual optimization every step of every optimizer counts, and how many they make is the user's choice.
     is_automatic = trainer.lightning_module.automatic_optimization
     steps = trainer.estimated_stepping_batches if is_automatic else trainer.max_steps
-    if not 0 < steps < float("inf"):  # -1 for an iterable dataset without max_steps
-        raise _unknown_length()
+    if not 0 < steps < float("inf"):  # infinite without max_epochs, -1 for an iterable dataset, both without max_steps
+        raise MisconfigurationException(
+            "a stage start is a fraction of training, whose length is unknown (no max_epochs, only max_time, a dataset "
+            "without a length, or manual optimization): set max_steps, or give the start as an epoch (int)"
+        )
     return steps
-
-
-def _unknown_length() -> MisconfigurationException:
-    return MisconfigurationException(
-        "a stage start is a fraction of training, whose length is unknown (no max_epochs, only max_time, a dataset "
-        "without a length, or manual optimization): set max_steps, or give the start as an epoch (int)"
-    )

@@ -17,7 +17,6 @@ FAULTS = [
         RUN,
     ),
     Fault("stage_schedule.py", "if start == 0 or isinstance(start, int):", "if isinstance(start, int):", RUN),
-    Fault("stage_schedule.py", "if trainer.max_epochs == trainer.max_steps == -1:", "if False:", RUN),
     Fault("stage_schedule.py", 'if not 0 < steps < float("inf"):', 'if not steps < float("inf"):', RUN),
     Fault(
         "stage_schedule.py",
@@ -48,19 +47,19 @@ FAULTS = [
         "training_checks.py",
         "if held and scale.requires_grad and id(scale) not in held:",
         "if False:",
-        "callback_optimizers callback",
+        "callback_trainer",
     ),
     Fault(
         "training_checks.py",
         "scale.requires_grad and id(scale) not in held",
         "id(scale) not in held",
-        "callback_optimizers callback",
+        "callback_trainer",
     ),
     Fault(
         "training_checks.py",
         "weight.latent.requires_grad and id(weight.latent) not in held",
         "False",
-        "callback_optimizers callback",
+        "callback_trainer",
     ),
     Fault(
         "training_checks.py",
@@ -100,7 +99,7 @@ FAULTS = [
         "        if False:\n            self.stage = None",
         RUN,
     ),
-    Fault("callback.py", "        check_optimizers(trainer, pl_module)\n", "", "callback_optimizers"),
+    Fault("callback.py", "        check_optimizers(trainer, pl_module)\n", "", "callback_trainer"),
     Fault("callback.py", "        self.schedule.check_length(trainer)  #", "        pass  #", RUN),
     Fault(
         "callback.py",
