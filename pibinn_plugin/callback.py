@@ -111,7 +111,6 @@ class TwoStageQAT(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_strategy(trainer, pl_module, self.scheme)
         check_alone([each for each in trainer.callbacks if isinstance(each, TwoStageQAT)])  # type: ignore[attr-defined]
-        self._let_go()  # a run that failed has had no teardown
         if quantized_weights(pl_module):
             check_prepared(pl_module, self.targets, self.scheme)
         else:
