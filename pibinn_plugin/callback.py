@@ -180,8 +180,7 @@ class TwoStageQAT(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.schedule.check_length(trainer)  # here, not when the first step is done
-        rank_zero_info(self.schedule.describe(trainer))
+        rank_zero_info(self.schedule.describe(trainer))  # raises here, not when the first step is done
         if self.stage is None and self.initialization is not None:
             self._initialize(self.initialization, trainer, pl_module)
         self._enter(self._stage_at(trainer), trainer, pl_module)

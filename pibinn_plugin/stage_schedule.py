@@ -29,8 +29,8 @@ class StageSchedule:
         MisconfigurationException: a negative epoch, a fraction outside [0, 1], or stage 2 before stage 1.
 
     Example:
-        >>> StageSchedule(0, 0.75).has_fraction
-        True
+        >>> StageSchedule(0, 0.75).scale_stage_start
+        0.75
     """
 
     def __init__(self, sign_stage_start: int | float, scale_stage_start: int | float) -> None:
@@ -48,24 +48,18 @@ class StageSchedule:
             )
         self.sign_stage_start, self.scale_stage_start = sign_stage_start, scale_stage_start
 
-    @property
-    def has_fraction(self) -> bool:
-        """Whether a start needs the number of all steps."""
-        return any(isinstance(start, float) and start > 0 for start in (self.sign_stage_start, self.scale_stage_start))
-
     def stage_at(self, trainer: pl.Trainer) -> Stage:
         """The stage that is due at the trainer's epoch and step."""
         if _has_started(self.scale_stage_start, trainer):
             return Stage.SCALE
         return Stage.SIGNS if _has_started(self.sign_stage_start, trainer) else Stage.WARM_UP
 
-    def check_length(self, trainer: pl.Trainer) -> None:
-        """Raise `MisconfigurationException` where a fraction is asked for of a training without a known length."""
-        if self.has_fraction:
-            _training_steps(trainer)
-
     def describe(self, trainer: pl.Trainer) -> str:
-        """What the starts mean in this training, in a line: ``1`` and ``1.0`` look alike in a config."""
+        """What the starts mean in this training, in a line: ``1`` and ``1.0`` look alike in a config.
+
+        Raises:
+            MisconfigurationException: a fraction of a training without a known length.
+        """
         signs, scale = (self._describe(start, trainer) for start in (self.sign_stage_start, self.scale_stage_start))
         return f"TwoStageQAT: signs are trained {signs}, and frozen {scale}"
 

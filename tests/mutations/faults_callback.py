@@ -99,7 +99,18 @@ FAULTS = [
         RUN,
     ),
     Fault("callback.py", "        check_optimizers(trainer, pl_module)\n", "", "callback_trainer"),
-    Fault("callback.py", "        self.schedule.check_length(trainer)  #", "        pass  #", RUN),
+    Fault(
+        "callback.py",
+        "        rank_zero_info(self.schedule.describe(trainer))  #",
+        "        pass  #",
+        "callback_trainer",
+    ),
+    Fault(
+        "callback.py",
+        "exception: BaseException) -> None:\n        self._let_go()\n",
+        "exception: BaseException) -> None:\n        pass\n",
+        RUN,
+    ),
     Fault(
         "callback.py",
         "if self.stage is None and self.initialization is not None:",
@@ -117,7 +128,7 @@ FAULTS = [
         "callback.py",
         "if any(weight.latent._version != version for weight, version in self._restored):",
         "if False:",
-        "callback_optimizers callback_trainer callback_averaging callback",
+        "callback_optimizers",
     ),
     Fault(
         "callback.py",
@@ -143,7 +154,7 @@ FAULTS = [
         "                    pass  #",
         "callback_optimizers callback",
     ),
-    Fault("callback.py", "        freeze_signs(pl_module)\n", "", "callback"),
+    Fault("callback.py", "        freeze_signs(pl_module)\n", "", "callback_optimizers"),
     Fault("callback.py", "            trainer.strategy.configure_ddp()\n", "            pass\n", "distributed"),
     Fault(
         "callback.py", "            loader._iterator = None\n", "            pass\n", "initialization callback_trainer"

@@ -137,6 +137,28 @@ def test_frozen_signs_stay(optimizer, scheme, rate, decay, starts):
         assert torch.equal(mine.packed.bits, kept)
 
 
+class LatentsOfEachStep(pl.Callback):
+    """The signs of the latents, as a callback after `TwoStageQAT` finds them."""
+
+    def __init__(self):
+        self.signs = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch >= 4:
+            held = quantized_weights(pl_module)
+            self.signs.append([weight.quantizer.structural(weight.latent) >= 0 for weight in held])
+
+
+@pytest.mark.parametrize("optimizer", [ZeroGradients, FlatHistory], ids=lambda optimizer: optimizer.__name__)
+def test_latents_show_the_frozen_signs_after_each_step(optimizer):
+    """Of optimizers that would flip them, see below."""
+    others = {"momentum": 0.95, "weight_decay": 0.5} if optimizer is ZeroGradients else {}
+    module = OptimizedModule(optimizer, 0.05 if optimizer is FlatHistory else 0.3, others)
+    diary = LatentsOfEachStep()
+    fit(module, two_stage.callback("native", 0, 4), diary)
+    assert all_equal(diary.signs)
+
+
 class FreezesByFlag(pl.Callback):
     """What freezing was: latents that need no gradient, which such optimizers do not ask."""
 
