@@ -143,11 +143,13 @@ def test_another_scheme_is_refused(checkpoint, scheme):
             train_and_die.quiet_trainer(callbacks=[callback]).test(SmallModule(), ckpt_path=checkpoint)
 
 
-def test_a_checkpoint_of_a_float_training_is_refused(tmp_path):
-    trainer = train_and_die.quiet_trainer(max_epochs=1, callbacks=[ModelCheckpoint(tmp_path, filename="float")])
-    trainer.fit(SmallModule())
+@pytest.mark.parametrize("is_prepared", [False, True], ids=["float", "prepared by hand"])
+def test_a_checkpoint_of_a_training_without_the_callback_is_refused(tmp_path, is_prepared):
+    trainer = train_and_die.quiet_trainer(max_epochs=1, callbacks=[ModelCheckpoint(tmp_path, filename="other")])
+    module = SmallModule()
+    trainer.fit(pb.prepare(module, TARGETS) if is_prepared else module)
     with pytest.raises(MisconfigurationException, match="trained without TwoStageQAT"):
-        fit(SmallModule(), two_stage.callback(), resume=tmp_path / "float.ckpt")
+        fit(SmallModule(), two_stage.callback(), resume=tmp_path / "other.ckpt")
 
 
 def test_a_longer_training_goes_on_in_its_stage(tmp_path):
