@@ -17,6 +17,7 @@ from two_stage import EPOCHS, TARGETS, SmallModule
 
 import pibinn_plugin as pb
 from pibinn_plugin.schemes import SCHEMES
+from pibinn_plugin.training_checks import check_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -150,6 +151,16 @@ def test_a_checkpoint_of_a_training_without_the_callback_is_refused(tmp_path, is
     trainer.fit(pb.prepare(module, TARGETS) if is_prepared else module)
     with pytest.raises(MisconfigurationException, match="trained without TwoStageQAT"):
         fit(SmallModule(), two_stage.callback(), resume=tmp_path / "other.ckpt")
+
+
+def test_what_a_checkpoint_says_is_checked_where_no_state_dict_is_read():
+    """FSDP2 loads parameters one by one."""
+    said = {"scheme": "native", "structures": {"layer.weight": "{}"}}
+    check_checkpoint(said, "native", said["structures"])
+    with pytest.raises(MisconfigurationException, match="trained with scheme='native'; got scheme='torchao'"):
+        check_checkpoint(said, "torchao", said["structures"])
+    with pytest.raises(MisconfigurationException, match="'layer.weight' with the structure {}, this model with None"):
+        check_checkpoint(said, "native", {})
 
 
 def test_a_longer_training_goes_on_in_its_stage(tmp_path):

@@ -235,3 +235,14 @@ def test_a_state_dict_of_the_float_warm_up_loads_as_a_float_network():
     assert not torch.equal(fresh(x), prepared()(x))
     with pytest.raises(PIBiNNError, match="warm-up"):
         convert(fresh)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_state_dict_says_whether_signs_are_frozen(scheme):
+    """Also to a model that is in the other stage."""
+    free, frozen = solver(scheme), freeze_signs(solver(scheme))
+    states = {is_frozen: copy.deepcopy(model.state_dict()) for is_frozen, model in ((False, free), (True, frozen))}
+    for is_frozen in (False, True, False):
+        for model in (free, frozen):
+            model.load_state_dict(states[is_frozen])
+            assert {weight.is_frozen for weight in quantized_weights(model)} == {is_frozen}
