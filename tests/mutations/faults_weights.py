@@ -95,7 +95,7 @@ FAULTS = [
         "quantizer.py",
         "latent if self.signs is None else self.signs, self.structure",
         "latent, self.structure",
-        "workflow callback_averaging callback_trainer",
+        "workflow",
     ),
     Fault(
         "quantizer.py",

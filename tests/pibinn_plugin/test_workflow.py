@@ -238,6 +238,19 @@ def test_a_state_dict_of_the_float_warm_up_loads_as_a_float_network():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_frozen_signs_outlive_what_is_written_to_latents(scheme, batch):
+    model = freeze_signs(solver(scheme))
+    before = model(batch)
+    bits = [weight.packed.bits for weight in quantized_weights(model)]
+    for weight in quantized_weights(model):
+        weight.latent.data.neg_()
+    assert torch.equal(model(batch), before)
+    for weight, own in zip(quantized_weights(model), bits, strict=True):
+        assert torch.equal(weight.packed.bits, own)
+    torch.testing.assert_close(convert(model)(batch), before)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_state_dict_says_whether_signs_are_frozen(scheme):
     """Also to a model that is in the other stage."""
     free, frozen = solver(scheme), freeze_signs(solver(scheme))
