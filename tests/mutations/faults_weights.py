@@ -109,7 +109,7 @@ FAULTS = [
         "has_its_sign = (",
         "callback_trainer callback callback_averaging",
     ),
-    Fault("weights.py", "signs = signs or self.packed", "signs = self.packed", "callback_averaging callback_trainer"),
+    Fault("weights.py", "signs = signs or self.packed", "signs = self.packed", "callback_averaging"),
     Fault(
         "bits.py",
         "_BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)",

@@ -89,12 +89,14 @@ def test_the_averaged_network_has_the_signs_of_the_run_and_the_mean_scale(scheme
 
 
 class AtTheSwitch(pl.Callback):
-    """The bits of the averaged latents just before stage 2."""
+    """The bits of the averaged latents just before stage 2, and those of the average one epoch later."""
 
     def on_train_epoch_start(self, trainer, pl_module):
         average = next(each for each in trainer.callbacks if isinstance(each, WeightAveraging))
         if trainer.current_epoch == 3:
             self.averaged, self.own = bits_of(average._average_model.module), bits_of(pl_module)
+        elif trainer.current_epoch == 4:
+            self.later = bits_of(average._average_model.module)
 
 
 class Late(WeightAveraging):
@@ -113,6 +115,7 @@ def test_the_signs_are_decided_once(average):
     decided = switch.own if average is Late else switch.averaged
     assert torch.equal(bits_of(module), decided)
     assert torch.equal(beside.signs[-1], decided)
+    assert torch.equal(switch.later, decided)
 
 
 @pytest.mark.parametrize("average_first", [False, True], ids=["after", "before"])
