@@ -194,6 +194,6 @@ FAULTS = [
         "schemes/brevitas.py",
         'for name in (*vars(module)["added_by_brevitas"], "added_by_brevitas"):',
         "for name in ():",
-        "brevitas workflow artifact models",
+        "workflow",
     ),
 ]

@@ -259,3 +259,12 @@ def test_a_state_dict_says_whether_signs_are_frozen(scheme):
         for model in (free, frozen):
             model.load_state_dict(states[is_frozen])
             assert {weight.is_frozen for weight in quantized_weights(model)} == {is_frozen}
+
+
+@pytest.mark.parametrize("scheme", ["torchao", "brevitas"])
+def test_nothing_of_a_scheme_is_left_in_packed_layers(scheme):
+    packed, native = (dict(convert(solver(each)).named_modules()) for each in (scheme, "native"))
+    assert packed.keys() == native.keys()
+    for name, module in packed.items():
+        assert type(module).__name__ == type(native[name]).__name__
+        assert vars(module).keys() == vars(native[name]).keys()
