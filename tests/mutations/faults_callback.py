@@ -218,13 +218,13 @@ FAULTS = [
         "callback.py",
         "    if not all(weight.quantizer.enabled for weight in quantized_weights(pl_module)):\n",
         "    if False:\n",
-        "callback_checkpoints",
+        "callback_trainer",
     ),
     Fault(
         "callback.py",
         "self.schedule.scale_stage_start != 1.0 and not is_trial",
         "not is_trial",
-        "callback callback_trainer",
+        "callback_trainer",
     ),
     Fault(
         "callback.py",

@@ -111,6 +111,12 @@ def test_early_stopping_before_stage_2_says_so(recwarn):
     pb.convert(diary.trainer.lightning_module)
 
 
+def test_a_training_that_is_asked_for_no_stage_2_ends_without_a_word(recwarn):
+    diary = fit(SmallModule("sgd"), two_stage.callback("native", 0.0, 1.0))
+    assert diary.stages[-1] == S
+    assert not any("stage 2" in str(each.message) for each in recwarn.list)
+
+
 def test_the_best_checkpoint_may_be_one_of_the_warm_up_and_says_so(tmp_path):
     best = ModelCheckpoint(tmp_path, monitor="qat/stage", mode="min", save_top_k=1)
     fit(SmallModule(), two_stage.callback("native", 2, 4), best, enable_checkpointing=True)
