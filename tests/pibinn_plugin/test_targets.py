@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pibinn_plugin import PIBiNNError, StructureError, TargetError, prepare
-from pibinn_plugin.nn import BlockDiagonalLinear
+from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense
 from pibinn_plugin.targets import resolve_targets
 
@@ -145,3 +145,22 @@ def test_quantized_and_packed_weights_are_no_targets_again():
     model = prepare(network(), {"0.weight": None})
     with pytest.raises(PIBiNNError, match="prepared already"):
         prepare(model, {"2.0.weight": None})
+
+
+def test_a_pattern_leaves_no_embedding_with_a_padding_row_to_chance():
+    """The row is zero, which no sign is."""
+    padded, plain = (nn.Sequential(nn.Embedding(5, 4, padding_idx=row), nn.Linear(4, 4)) for row in (0, None))
+    with pytest.raises(TargetError, match="embeddings with a padding row"):
+        resolve_targets(padded, {"*.weight": None})
+    assert [target.name for target in resolve_targets(padded, {"0.weight": None, "1.weight": None})] == [
+        "0.weight", "1.weight"
+    ]  # fmt: skip
+    assert len(resolve_targets(plain, {"*.weight": None})) == 2
+
+
+def test_compact_layers_of_other_sizes_share_no_weight():
+    """A band of one diagonal has as many nonzeros in 4 × 6 as in 4 × 4."""
+    model = nn.Sequential(BandedLinear(6, 4, 0, 0), BandedLinear(4, 4, 0, 0))
+    model[1].weight = model[0].weight
+    with pytest.raises(TargetError, match="'0.weight' is also '1.weight', in a layer that reads it by another"):
+        resolve_targets(model, {"0.weight": None})

@@ -268,3 +268,65 @@ def test_nothing_of_a_scheme_is_left_in_packed_layers(scheme):
     for name, module in packed.items():
         assert type(module).__name__ == type(native[name]).__name__
         assert vars(module).keys() == vars(native[name]).keys()
+
+
+def test_a_scale_that_one_layer_cannot_hold_is_refused_before_anything_changes():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).half())
+    with torch.no_grad():
+        model[0].weight.fill_(1e-10)
+        model[1].weight.zero_()
+    with pytest.raises(ScaleError, match=r"torch\.float16; got 5.*e-11, which rounds to 0"):
+        prepare(model, {"*.weight": None})
+    assert type(model[0]) is nn.Linear and not any(isinstance(module, GlobalScale) for module in model.modules())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_convert_takes_the_scale_as_it_is_read_and_no_other(scheme, batch):
+    model = solver(scheme)
+    value = global_scale(model).value
+    value.data.neg_()  # an optimizer may take it below zero; what is read is its magnitude
+    packed = convert(model)
+    assert global_scale(packed).value.item() == -value.item() > 0
+    torch.testing.assert_close(packed(batch), model(batch))
+    value.data.fill_(float("nan"))
+    with pytest.raises(ScaleError, match="nan"):
+        convert(model)
+
+
+def test_a_part_of_a_prepared_model_is_converted_with_a_scale_of_its_own(batch):
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.solver = Solver()
+
+        def forward(self, y):
+            return self.solver(y)
+
+    whole = prepare(Whole(), {f"solver.{name}": structure for name, structure in TARGETS.items()})
+    assert "pibinn_scale.value" in whole.state_dict()
+    packed = convert(whole.solver)
+    assert [name for name in packed.state_dict() if name.endswith("pibinn_scale.value")] == ["pibinn_scale.value"]
+    before = packed(batch)
+    torch.testing.assert_close(before, whole(batch))
+    global_scale(whole).set(7.0)
+    assert torch.equal(packed(batch), before)
+
+
+def test_convert_compares_in_evaluation_mode_and_leaves_the_modes_as_they_were(batch):
+    model = prepare(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.BatchNorm1d(8)), {"0.weight": None})
+    model[2].eval()
+    convert(model, args=(batch,))  # with dropout, no two outputs would be equal
+    assert [module.training for module in model] == [True, True, False]
+    model[2].train()
+    convert(model, args=(batch,))
+    assert int(model[2].num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_weight_of_two_modules_is_frozen_in_both(scheme, batch):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    freeze_signs(prepare(model, {"*.weight": None}, scheme))
+    before = model(batch)
+    quantized_weights(model)[0].latent.data.neg_()
+    assert torch.equal(model(batch), before)
