@@ -127,7 +127,7 @@ FAULTS = [
         "references.py",
         "yield from (function.__defaults__ or (), function.__kwdefaults__ or {})",
         "pass",
-        "models foreign_networks targets",
+        "foreign_networks",
     ),
     Fault(
         "initialization/start.py",

@@ -240,6 +240,19 @@ def test_what_a_copy_cannot_follow_is_named():
 GLOBAL_LAYER = nn.Linear(8, 8)
 
 
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_function_that_holds_a_layer_as_a_default_is_seen_too(by_keyword):
+    """The usual way round Python's late binding in loops."""
+    model = made(PlainList)
+    if by_keyword:
+        model.shortcut = lambda x, *, layer=model.a: layer(x)
+    else:
+        model.shortcut = lambda x, layer=model.a: layer(x)
+    pb.prepare(model, MATRICES)
+    with pytest.raises(pb.PIBiNNError, match=r"PlainList\.shortcut.* is a function that holds 'a' of this model"):
+        pb.convert(model)
+
+
 def test_a_function_that_reads_a_global_is_seen_too():
     model = nn.ModuleDict({"layer": GLOBAL_LAYER})
     model.shortcut = lambda x: GLOBAL_LAYER(x)
