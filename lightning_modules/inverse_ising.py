@@ -56,7 +56,7 @@ class _PairProducts:
         self.products = self.products.contiguous()
 
     def alignments(self, couplings: Tensor) -> Tensor:
-        """s h, shape (rows, columns, samples)."""
+        """The products s h of spins and fields, shape (rows, columns, samples)."""
         across, along = couplings.unsqueeze(-1) * self.products
         return across + across.roll(1, 1) + along + along.roll(1, 0)
 
@@ -134,8 +134,8 @@ def fit_scale(spins: Tensor, codes: Tensor) -> float:
     degrees = 2.0 * torch.arange(-NEIGHBOURS, NEIGHBOURS + 1, dtype=torch.float64)
     if not float(counts @ degrees) > 0:
         raise ScaleError(
-            f"the pseudo-likelihood of {len(spins)} samples does not rise with the scale of these couplings: the samples "
-            f"say nothing of them, or the contrary"
+            f"the pseudo-likelihood of {len(spins)} samples does not rise with the scale of these couplings: the "
+            f"samples say nothing of them, or the contrary"
         )
     low, high = 0.0, LARGEST_SCALE
     while high - low > 1e-9:

@@ -148,8 +148,8 @@ class BaselineQAT(Callback):
     ) -> None:
         if initialization is not None and not isinstance(initialization, StartsFloatWeights):
             raise MisconfigurationException(
-                f"a baseline cannot start from a {type(initialization).__name__}, which has no start_float_weights: use "
-                f"SignsFromPairs or a subclass, or start the solver's own weights at the operator and leave "
+                f"a baseline cannot start from a {type(initialization).__name__}, which has no start_float_weights: "
+                f"use SignsFromPairs or a subclass, or start the solver's own weights at the operator and leave "
                 f"qat.initialization out"
             )
         self.targets, self.quantizer, self.quantization_start = dict(targets), quantizer, quantization_start

@@ -19,7 +19,6 @@ from lightning_modules.compare.callback import BaselineQAT
 from lightning_modules.compare.dense_twin import RowError
 from lightning_modules.compare.rows import Row
 from lightning_modules.compare.runs import Result, Run, build, callbacks_of, finished_run, train
-from pibinn_plugin.initialization import StartsFloatWeights
 
 __all__ = ["Comparison", "Criterion", "Line", "compare"]
 

@@ -19,8 +19,8 @@ LEGEND = (
     "structures of the weights; file bits: the whole packed file with float parameters and header. Ternary files hold "
     "five codes in a byte; in brackets with two bits a code. zero_bit: the weights that the constructor of the solver "
     "makes, of which nothing is stored; oracle: the operator that the others have to learn. train: seconds on the "
-    "machine below; inference: µs of one example on one thread, the median; global runs on its packed signs, the others "
-    "on weights unpacked to fp32."
+    "machine below; inference: µs of one example on one thread, the median; global runs on its packed signs, the "
+    "others on weights unpacked to fp32."
 )
 
 
@@ -64,8 +64,8 @@ def results_text(comparison: Comparison, command: str, plot: Path) -> str:
         *(f"Left out: {name}: {reason}." for name, reason in comparison.left_out.items()),
         f"![{comparison.test_metric.name} against stored bits]({plot.name})",
         "## Learning rates",
-        f"The same search for all rows: {comparison.metric.name} on the validation set, seed {''.join(seeds[:1])}; the best "
-        f"was then trained on the seeds {', '.join(seeds)}. zero_bit and oracle train no weights.",
+        f"The same search for all rows: {comparison.metric.name} on the validation set, seed {''.join(seeds[:1])}; the "
+        f"best was then trained on the seeds {', '.join(seeds)}. zero_bit and oracle train no weights.",
         markdown(["row", "start", "learning rate", f"validation {comparison.metric.name}"], _search_cells(comparison)),
         "## Machine",
         machine(),
