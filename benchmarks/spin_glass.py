@@ -70,8 +70,8 @@ def main() -> None:
     torch.set_num_threads(1)
     figures = {
         (scale, samples): [estimate_errors(scale, samples, seed) for seed in SEEDS]
-        for scale in SCALES
         for samples in SAMPLES
+        for scale in SCALES
     }
     parts = [TEXT]
     for scale in SCALES:

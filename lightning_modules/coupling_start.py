@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ COUPLINGS: dict[str, Callable[[Tensor], Tensor]] = {
 class CouplingsFromSamples:
     """Start the one-bit couplings of `LocalFields` at those that the training samples make likely.
 
-    See `one_bit_couplings`. A batch is (spins, spins), and all batches are one pass through the samples. The weights of
-    a comparison's baselines start at one of ``solutions``.
+    See `one_bit_couplings`. A batch is (spins, spins), and all batches are one pass through the samples: a sample that
+    comes twice counts twice. The weights of a comparison's baselines start at one of ``solutions``.
 
     Args:
         solutions: of `COUPLINGS`, that `lightning_modules.compare` may start float and other weights from.
@@ -76,7 +75,7 @@ class CouplingsFromSamples:
         if sum_over_ranks is not None and (processes := int(sum_over_ranks(torch.ones(1)))) > 1:
             raise PIBiNNError(f"the samples lie on {processes} processes: train couplings on one (trainer.devices: 1)")
         latent = named[0].latent
-        start = _one_bit(*_key(_samples(batches, latent)))
+        start = one_bit_couplings(_samples(batches, latent))
         assign(latent, start.latent)
         global_scale(model).set(start.scale)
 
@@ -93,7 +92,7 @@ class CouplingsFromSamples:
         found = resolve_targets(model, targets)
         if len(found) != 1:
             raise TargetError(f"{', '.join(map(str, found))}: expected the one weight of LocalFields")
-        assign(found[0].parameter, _float(solution, *_key(_samples(batches, found[0].parameter))))
+        assign(found[0].parameter, COUPLINGS[solution](_samples(batches, found[0].parameter)))
 
 
 def _samples(batches: Iterable[Any], weight: Tensor) -> Tensor:
@@ -104,22 +103,3 @@ def _samples(batches: Iterable[Any], weight: Tensor) -> Tensor:
             f"torus of rows × columns they are (samples, rows, columns) and (2, rows, columns)"
         )
     return spins
-
-
-def _key(spins: Tensor) -> tuple[bytes, tuple[int, ...]]:
-    return spins.to(torch.int8).numpy().tobytes(), tuple(spins.shape)
-
-
-# A comparison starts dozens of trainings from the same samples.
-@lru_cache(maxsize=16)
-def _one_bit(spins: bytes, shape: tuple[int, ...]) -> Any:
-    return one_bit_couplings(_from_key(spins, shape))
-
-
-@lru_cache(maxsize=64)
-def _float(solution: str, spins: bytes, shape: tuple[int, ...]) -> Tensor:
-    return COUPLINGS[solution](_from_key(spins, shape))
-
-
-def _from_key(spins: bytes, shape: tuple[int, ...]) -> Tensor:
-    return torch.frombuffer(bytearray(spins), dtype=torch.int8).reshape(shape).float()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -95,6 +95,12 @@ def fit_couplings(spins: Tensor, box: float = math.inf, penalty: float = 0.0) ->
             f"the samples have shape {tuple(spins.shape)}: expected (samples, rows, columns) with at least one sample "
             f"and values of -1 and 1 alone"
         )
+    return _minimum(spins.to(torch.int8).numpy().tobytes(), tuple(spins.shape), box, penalty).clone()
+
+
+@lru_cache(maxsize=512)  # box, one-bit and ternary couplings share their fits, and so do the rows of a comparison
+def _minimum(samples: bytes, shape: tuple[int, ...], box: float, penalty: float) -> Tensor:
+    spins = torch.frombuffer(bytearray(samples), dtype=torch.int8).reshape(shape).float()
     data = _PairProducts(spins)
     step = 1 / (8 * len(spins) + 2 * penalty)
     couplings = ahead = spins.new_zeros(2, *spins.shape[1:])
