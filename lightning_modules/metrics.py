@@ -1,4 +1,4 @@
-"""Metrics of sparse recovery and of EEG denoising that torchmetrics lacks.
+"""Metrics of sparse recovery, of couplings and of EEG denoising that torchmetrics lacks.
 
 Each metric is a pure function and a thin :class:`torchmetrics.Metric` around it. Two averages are in use, and they
 differ: :class:`NMSE` is a ratio of sums over all signals seen; the EEG metrics are computed for each epoch and then
@@ -19,10 +19,12 @@ __all__ = [
     "RRMSELoss",
     "RRMSESpectral",
     "RRMSETemporal",
+    "SignAccuracy",
     "correlation_coefficient",
     "nmse_db",
     "rrmse_spectral",
     "rrmse_temporal",
+    "sign_accuracy",
 ]
 
 
@@ -195,6 +197,61 @@ class NMSE(Metric):
     def compute(self) -> Tensor:
         """Return the ratio of all energies so far, in dB."""
         return 10 * torch.log10(self.error_energy / self.signal_energy)
+
+
+def sign_accuracy(preds: Tensor, target: Tensor) -> Tensor:
+    """The fraction of nonzero values whose sign is found; where an estimate is 0, it is not.
+
+    Args:
+        preds: Estimates, any shape.
+        target: True values, the same shape; those that are 0 are left out, and not all may be.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> sign_accuracy(torch.tensor([0.1, -2.0, 0.0, 7.0]), torch.tensor([3.0, -1.0, 1.0, 0.0]))
+        tensor(0.6667)
+    """
+    preds, target = _checked(preds, target)
+    return (preds.sign() == target.sign())[target != 0].float().mean()
+
+
+class SignAccuracy(Metric):
+    """Fraction of all nonzero values seen whose sign is found: see :func:`sign_accuracy`.
+
+    `update(preds, target)` takes tensors of any one shape and raises a ValueError if theirs differ.
+
+    Example:
+        >>> metric = SignAccuracy()
+        >>> metric(torch.tensor([0.1, -2.0, 0.0]), torch.tensor([3.0, -1.0, 1.0]))
+        tensor(0.6667)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    found: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("found", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch of estimates and true values."""
+        preds, target = _checked(preds, target)
+        is_counted = target != 0
+        self.found += (preds.sign() == target.sign())[is_counted].sum()
+        self.count += is_counted.sum()
+
+    def compute(self) -> Tensor:
+        """Return the fraction over all values so far."""
+        return self.found / self.count
 
 
 class _MeanOverEpochs(MeanMetric):

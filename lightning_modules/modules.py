@@ -32,6 +32,8 @@ class SolverModule(pl.LightningModule):
     Args:
         solver: a module that maps y, shape (batch, measurements), to an estimate of x, shape (batch, unknowns).
         metrics: computed over the validation and the test set, logged as ``val/<name>`` and ``test/<name>``.
+        test_metrics: over the test set, in the place of these: where it is told what the others are not. The same
+            unless given.
         learning_rate: of weights and latents.
         scalar_learning_rate: of everything else but λ.
         scale_learning_rate: of λ, as a fraction of its value when training starts.
@@ -58,14 +60,16 @@ class SolverModule(pl.LightningModule):
         scalar_learning_rate: float = 5e-3,
         scale_learning_rate: float = 5e-3,
         loss: nn.Module | None = None,
+        test_metrics: Sequence[Metric] | None = None,
     ) -> None:
         super().__init__()
         self.solver = solver
         self.learning_rate, self.scalar_learning_rate = learning_rate, scalar_learning_rate
         self.scale_learning_rate = scale_learning_rate
         self.loss = nn.MSELoss() if loss is None else loss
-        collection = MetricCollection(list(metrics))
-        self.val_metrics, self.test_metrics = collection.clone(prefix="val/"), collection.clone(prefix="test/")
+        of_test_set = metrics if test_metrics is None else test_metrics
+        self.val_metrics = MetricCollection(list(metrics)).clone(prefix="val/")
+        self.test_metrics = MetricCollection(list(of_test_set)).clone(prefix="test/")
 
     @override
     def forward(self, y: Tensor) -> Tensor:

@@ -27,10 +27,8 @@ from lightning_modules.compare.dense_twin import RowError, densify
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.initialization import (
     Initialization,
-    SignsFromPairs,
-    Solution,
+    StartsFloatWeights,
     operator_entries,
-    start_float_weights,
 )
 from pibinn_plugin.schemes import scheme_of
 from pibinn_plugin.sharding import assign
@@ -127,9 +125,9 @@ class BaselineQAT(Callback):
         quantizer: a key of `BASELINES`; ``parq`` also needs the callback `lightning_modules.compare.parq.PARQ`.
         quantization_start: an epoch (int), or a fraction of all optimizer steps (float). Until then the latents train
             as float weights.
-        initialization: that of `TwoStageQAT`; the baseline starts from the same pairs, and the same scale where that
+        initialization: that of `TwoStageQAT`; the baseline starts from the same data, and the same scale where that
             is known. ``zero_bit`` does not, and ``oracle`` starts at the operator that the data module has.
-        solution: of the least-squares problem that these pairs pose, see `start_float_weights`.
+        solution: what it starts at, of the ``solutions`` that the initialization has.
 
     Raises:
         MisconfigurationException: no such quantizer, a model prepared otherwise, or a checkpoint of another quantizer.
@@ -146,12 +144,13 @@ class BaselineQAT(Callback):
         quantizer: str,
         quantization_start: int | float = 0,
         initialization: Initialization | None = None,
-        solution: Solution = "box",
+        solution: str = "box",
     ) -> None:
-        if initialization is not None and not isinstance(initialization, SignsFromPairs):
+        if initialization is not None and not isinstance(initialization, StartsFloatWeights):
             raise MisconfigurationException(
-                f"a baseline cannot start from a {type(initialization).__name__}: use SignsFromPairs or a "
-                f"subclass, or start the solver's own weights at the operator and leave qat.initialization out"
+                f"a baseline cannot start from a {type(initialization).__name__}, which has no start_float_weights: "
+                f"use SignsFromPairs or a subclass, or start the solver's own weights at the operator and leave "
+                f"qat.initialization out"
             )
         self.targets, self.quantizer, self.quantization_start = dict(targets), quantizer, quantization_start
         self.initialization, self.solution = initialization, solution
@@ -167,7 +166,7 @@ class BaselineQAT(Callback):
                 if self.quantizer == "oracle":
                     start = partial(_start_at_operator, trainer.datamodule)  # type: ignore[attr-defined]
                 elif self.initialization is not None:
-                    start = partial(self._start_from_pairs, trainer)
+                    start = partial(self._start_from_data, trainer)
             attach_baseline(pl_module, self.targets, self.quantizer, start)
         elif not all(type(quantizer) is BASELINES[self.quantizer] for quantizer in attached):
             raise MisconfigurationException(
@@ -175,7 +174,7 @@ class BaselineQAT(Callback):
                 f"{self.quantizer!r}"
             )
 
-    def _start_from_pairs(self, trainer: pl.Trainer, model: nn.Module, targets: Mapping[str, Structure | None]) -> None:
+    def _start_from_data(self, trainer: pl.Trainer, model: nn.Module, targets: Mapping[str, Structure | None]) -> None:
         assert self.initialization is not None
         named = {
             target.name: target.structure
@@ -184,8 +183,7 @@ class BaselineQAT(Callback):
         }
         # Lightning has attached the data and called its setup before that of callbacks.
         batches = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-        pairs, scale = self.initialization.pairs(batches), self.initialization.scale
-        start_float_weights(model, named, pairs, self.solution, scale)
+        self.initialization.start_float_weights(model, named, batches, self.solution)
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,14 +13,34 @@ from functools import partial
 from pathlib import Path
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torchmetrics import MetricCollection
 
-import pibinn_plugin as pb
+from lightning_modules.compare.callback import BaselineQAT
 from lightning_modules.compare.dense_twin import RowError
 from lightning_modules.compare.rows import Row
 from lightning_modules.compare.runs import Result, Run, build, callbacks_of, finished_run, train
-from pibinn_plugin.initialization import SignsFromPairs
 
-__all__ = ["Comparison", "Line", "compare"]
+__all__ = ["Comparison", "Criterion", "Line", "compare"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """The name of a metric, and which way is up."""
+
+    name: str
+    higher_is_better: bool
+
+    @classmethod
+    def first_of(cls, metrics: MetricCollection) -> Criterion:
+        """The first metric of a collection.
+
+        Raises:
+            MisconfigurationException: there is none.
+        """
+        if not metrics:
+            raise MisconfigurationException("the config has no model.metrics: what should be compared?")
+        name, metric = next(iter(metrics.items(keep_base=True)))
+        return cls(str(name), bool(metric.higher_is_better))
 
 
 @dataclass(frozen=True)
@@ -39,19 +59,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All lines, the metric that chose the learning rates, and the rows that do not apply with the reason of each."""
+    """All lines, and the rows that do not apply with the reason of each.
 
-    metric: str
-    higher_is_better: bool
+    ``metric`` chose learning rates and starts on the validation set; ``test_metric`` is the first one of the test set.
+    """
+
+    metric: Criterion
+    test_metric: Criterion
     lines: tuple[Line, ...]
     left_out: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Task:
-    metric: str
-    higher_is_better: bool
-    starts_from_pairs: bool
 
 
 def compare(
@@ -63,7 +79,7 @@ def compare(
     report: Callable[[str], None] = print,
     seeded: Sequence[str] = (),
 ) -> Comparison:
-    """Train each row at each learning rate on the first seed, and at the best of them on every seed.
+    """Train each row at each learning rate, from each start, on the first seed, and at the best on every seed.
 
     The best is that of the config's first metric on the validation set. Runs that were finished before, in the same
     folder and with the same settings, are read and not trained again; the code and the data files are not looked at.
@@ -95,58 +111,63 @@ def compare(
     first = Run(tuple(options), texts, row, seeds[0], learning_rates[0], seeded=tuple(seeded))
     lines, left_out = [], {}
     with _quiet_lightning():
-        task = _task(first)
+        metric, test_metric = _criteria(first)
         for number, row in enumerate(rows, 1):
-            starts = (task.starts_from_pairs and row.starts) or (None,)
-            rates = learning_rates if row.trains_weights else learning_rates[:1]
-            candidates = [
-                replace(first, row=row, learning_rate=rate, start=start) for start in starts for rate in rates
-            ]
             progress = f"[row {number} of {len(rows)}]"
             try:
-                lines.append(_line(candidates, seeds, task, partial(_result, Path(folder), task, report, progress)))
+                candidates = list(_candidates(replace(first, row=row), learning_rates))
+                lines.append(_line(candidates, seeds, metric, partial(_result, Path(folder), metric, report, progress)))
             except RowError as error:
                 left_out[row.name] = str(error)
                 report(f"{progress} {row.name} is left out: {error}")
-    return Comparison(task.metric, task.higher_is_better, tuple(lines), left_out)
+    return Comparison(metric, test_metric, tuple(lines), left_out)
 
 
-def _line(candidates: list[Run], seeds: Sequence[int], task: _Task, result_of: Callable[[Run], Result]) -> Line:
+def _candidates(run: Run, learning_rates: Sequence[float]) -> Iterator[Run]:
+    """A run of the row for each start that it may choose, and for each learning rate."""
+    rates = learning_rates if run.row.trains_weights else learning_rates[:1]
+    for start in _starts(run) if run.row.chooses_start else (None,):
+        yield from (replace(run, learning_rate=rate, start=start) for rate in rates)
+
+
+def _starts(run: Run) -> Sequence[str | None]:
+    with tempfile.TemporaryDirectory() as root:
+        cli = build(run, root)
+    [baseline] = [callback for callback in callbacks_of(cli) if isinstance(callback, BaselineQAT)]
+    return (None,) if baseline.initialization is None else baseline.initialization.solutions
+
+
+def _line(candidates: list[Run], seeds: Sequence[int], metric: Criterion, result_of: Callable[[Run], Result]) -> Line:
     """Search among the candidates, all of the first seed, and train the best on the other seeds."""
     search = [result_of(run) for run in candidates]
-    scores = [_score(result, task) for result in search]
+    scores = [_score(result, metric) for result in search]
     best = scores.index(max(scores))
     others = [result_of(replace(candidates[best], seed=seed)) for seed in seeds[1:]]
     return Line(candidates[best].row, (search[best], *others), tuple(search))
 
 
-def _task(run: Run) -> _Task:
+def _criteria(run: Run) -> tuple[Criterion, Criterion]:
     with tempfile.TemporaryDirectory() as root:
-        cli = build(run, root)
-    metrics = dict(cli.model.test_metrics.items(keep_base=True))
-    if not metrics:
-        raise MisconfigurationException("the config has no model.metrics: what should be compared?")
-    qat = next(callback for callback in callbacks_of(cli) if isinstance(callback, pb.TwoStageQAT))
-    name, metric = next(iter(metrics.items()))
-    return _Task(name, bool(metric.higher_is_better), isinstance(qat.initialization, SignsFromPairs))
+        module = build(run, root).model
+    return Criterion.first_of(module.val_metrics), Criterion.first_of(module.test_metrics)
 
 
-def _result(folder: Path, task: _Task, report: Callable[[str], None], progress: str, run: Run) -> Result:
+def _result(folder: Path, metric: Criterion, report: Callable[[str], None], progress: str, run: Run) -> Result:
     kept = finished_run(run, folder)
     result = kept or train(run, folder)
     start = f" from {run.start}" if run.start else ""
-    value = "diverged" if "diverged" in result else f"val {task.metric} {_shown(result['val'][task.metric])}"
+    value = "diverged" if "diverged" in result else f"val {metric.name} {_shown(result['val'][metric.name])}"
     how = "kept" if kept else f"{result['train_seconds']:.1f} s"
     report(f"{progress} {run.row.name}{start}, learning rate {run.learning_rate:g}, seed {run.seed}: {value} ({how})")
     return result
 
 
-def _score(result: Result, task: _Task) -> float:
+def _score(result: Result, metric: Criterion) -> float:
     """Higher is better; a run that diverged is worst."""
-    value = None if "diverged" in result else result["val"][task.metric]
+    value = None if "diverged" in result else result["val"][metric.name]
     if value is None:
         return -float("inf")
-    return value if task.higher_is_better else -value
+    return value if metric.higher_is_better else -value
 
 
 def _shown(value: float | None) -> str:

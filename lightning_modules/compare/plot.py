@@ -30,7 +30,7 @@ def plot_error_against_bits(comparison: Comparison, path: str | Path) -> Path:
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for number, line in enumerate(comparison.lines):
-        values = [result.get("test", {}).get(comparison.metric) for result in line.results]
+        values = [result.get("test", {}).get(comparison.test_metric.name) for result in line.results]
         if None in values:
             continue
         mean, deviation = mean_and_deviation(values)
@@ -48,7 +48,8 @@ def plot_error_against_bits(comparison: Comparison, path: str | Path) -> Path:
         )
     axes.set_xscale("log")
     axes.set_xlabel("stored bits (packed file)")
-    axes.set_ylabel(f"test {comparison.metric}, {'higher' if comparison.higher_is_better else 'lower'} is better")
+    better = "higher" if comparison.test_metric.higher_is_better else "lower"
+    axes.set_ylabel(f"test {comparison.test_metric.name}, {better} is better")
     axes.grid(True, which="major", color="0.9")
     axes.set_axisbelow(True)
     if axes.containers:  # not every row has diverged

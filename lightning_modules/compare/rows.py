@@ -12,7 +12,6 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.compare.callback import BASELINES, FIXED
 from lightning_modules.yaml_files import load_yaml
-from pibinn_plugin.initialization import SOLUTIONS, Solution
 
 __all__ = ["QUANTIZERS", "Row", "read_rows"]
 
@@ -54,13 +53,13 @@ class Row:
         ]
 
     @property
-    def starts(self) -> tuple[Solution, ...]:
-        """The solutions to search among where the config's one-bit weights start from pairs: all, for every baseline.
+    def chooses_start(self) -> bool:
+        """Whether it searches among what the config's initialization offers: every baseline among all of that.
 
-        Among them is the network that the one-bit row starts at. A row that was not offered it would show how bad
-        its start is, not how good its weights.
+        There is the network that the one-bit row starts at. A row that was not offered it would show how bad its start
+        is, not how good its weights.
         """
-        return () if self.quantizer in ("global", *FIXED) else SOLUTIONS
+        return self.quantizer not in ("global", *FIXED)
 
     @property
     def trains_weights(self) -> bool:

@@ -30,7 +30,6 @@ from lightning_modules.modules import SolverModule
 from lightning_modules.solver_cli import SolverCLI
 from lightning_modules.trainer import SolverTrainer
 from pibinn_plugin.errors import ArtifactError, ScaleError, StructureError
-from pibinn_plugin.initialization import Solution
 from pibinn_plugin.storage.atomic_file import atomic_file
 
 __all__ = ["Run", "build", "callbacks_of", "evaluate", "finished_run", "inference_microseconds", "train"]
@@ -50,7 +49,7 @@ class Run:
         row: quantizer and overrides.
         seed: of everything that is drawn: weights, and training data where they take a seed.
         learning_rate: of weights and latents.
-        start: what a baseline starts from, where one-bit weights start from pairs.
+        start: what a baseline starts from, where one-bit weights start from data.
         seeded: more options of the command line that get the seed.
     """
 
@@ -59,7 +58,7 @@ class Run:
     row: Row
     seed: int
     learning_rate: float
-    start: Solution | None = None
+    start: str | None = None
     seeded: tuple[str, ...] = ()
 
     @property
@@ -160,7 +159,7 @@ def train(run: Run, folder: Path) -> Result:
         result["diverged"] = str(error)
     else:
         load = pb.load if run.row.quantizer == "global" else load_baseline
-        result |= _measure(load(path, solver), cli.datamodule, cli.model.test_metrics)
+        result |= _measure(load(path, solver), cli.datamodule, cli.model)
     _write(folder / f"{run.name}.json", result)
     return result
 
@@ -197,12 +196,16 @@ def _store(module: SolverModule, quantizer: str, path: Path) -> Result:
     return result
 
 
-def _measure(solver: nn.Module, data: pl.LightningDataModule, metrics: MetricCollection) -> Result:
+def _measure(solver: nn.Module, data: pl.LightningDataModule, module: SolverModule) -> Result:
     data.setup("fit")
     data.setup("test")
-    loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
-    result: Result = {name: evaluate(solver, loader, metrics) for name, loader in loaders.items()}
-    y = next(iter(loaders["test"]))[0][:1]
+    test = data.test_dataloader()
+    result: Result = {
+        "train": evaluate(solver, data.train_dataloader(), module.val_metrics),
+        "val": evaluate(solver, data.val_dataloader(), module.val_metrics),
+        "test": evaluate(solver, test, module.test_metrics),
+    }
+    y = next(iter(test))[0][:1]
     return result | {"inference_microseconds": inference_microseconds(solver, y)}
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_modules.compare.comparison import Comparison, Line
+from lightning_modules.compare.comparison import Comparison, Criterion, Line
 from lightning_modules.compare.runs import Result
 from lightning_modules.machine import machine
 from pibinn_plugin.tables import text_table
@@ -15,12 +15,12 @@ __all__ = ["markdown", "mean_and_deviation", "results_text", "terminal_table"]
 
 LEGEND = (
     "Mean ± standard deviation over seeds, of the network read back from its packed file. gap: how much worse {metric} "
-    "is on the test set than on the training set. weight bits: codes, scales and structures of the weights; file bits: "
-    "the whole packed file with float parameters and header. Ternary files hold five codes in a byte; in brackets with "
-    "two bits a code. zero_bit: the weights that the constructor of the solver makes, of which nothing is stored; "
-    "oracle: the operator that the others have to learn. "
-    "train: seconds on the machine below; inference: µs of one example on one thread, the median; global runs on its "
-    "packed signs, the others on weights unpacked to fp32."
+    "is on the test set than on the training set, where it is measured on both. weight bits: codes, scales and "
+    "structures of the weights; file bits: the whole packed file with float parameters and header. Ternary files hold "
+    "five codes in a byte; in brackets with two bits a code. zero_bit: the weights that the constructor of the solver "
+    "makes, of which nothing is stored; oracle: the operator that the others have to learn. train: seconds on the "
+    "machine below; inference: µs of one example on one thread, the median; global runs on its packed signs, the "
+    "others on weights unpacked to fp32."
 )
 
 
@@ -60,13 +60,13 @@ def results_text(comparison: Comparison, command: str, plot: Path) -> str:
         "# Comparison",
         f"`{command}`",
         markdown(_columns(comparison), _cells(comparison)),
-        LEGEND.format(metric=comparison.metric),
+        LEGEND.format(metric=comparison.metric.name),
         *(f"Left out: {name}: {reason}." for name, reason in comparison.left_out.items()),
-        f"![{comparison.metric} against stored bits]({plot.name})",
+        f"![{comparison.test_metric.name} against stored bits]({plot.name})",
         "## Learning rates",
-        f"The same search for all rows: {comparison.metric} on the validation set, seed {''.join(seeds[:1])}; the best "
-        f"was then trained on the seeds {', '.join(seeds)}. zero_bit and oracle train no weights.",
-        markdown(["row", "start", "learning rate", f"validation {comparison.metric}"], _search_cells(comparison)),
+        f"The same search for all rows: {comparison.metric.name} on the validation set, seed {''.join(seeds[:1])}; the "
+        f"best was then trained on the seeds {', '.join(seeds)}. zero_bit and oracle train no weights.",
+        markdown(["row", "start", "learning rate", f"validation {comparison.metric.name}"], _search_cells(comparison)),
         "## Machine",
         machine(),
     ]
@@ -81,7 +81,7 @@ def _columns(comparison: Comparison) -> list[str]:
 
 def _metrics(comparison: Comparison) -> list[str]:
     tests = [result["test"] for line in comparison.lines for result in line.results if "test" in result]
-    return list(tests[0]) if tests else [comparison.metric]
+    return list(tests[0]) if tests else [comparison.test_metric.name]
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:
@@ -97,13 +97,12 @@ def _line_cells(line: Line, comparison: Comparison) -> list[str]:
         diverged = sum("diverged" in result for result in line.results)
         return [line.row.name, f"{diverged} of {len(line.results)} diverged", *[""] * len(metrics), rate, *[""] * 4]
     figures = [_figure([result["test"][name] for result in line.results]) for name in metrics]
-    sign = -1 if comparison.higher_is_better else 1
-    gaps = [_difference(result, comparison.metric, sign) for result in line.results]
+    gaps = [_difference(result, comparison.metric) for result in line.results]
     times = [[result[name] for result in line.results] for name in ("train_seconds", "inference_microseconds")]
     return [
         line.row.name,
         *figures,
-        _figure(gaps),
+        _figure(gaps) if comparison.metric.name in metrics else "-",
         rate,
         _size(first, "weight_bits", 1),
         _size(first, "file_bytes", 8),
@@ -120,9 +119,9 @@ def _figure(values: Sequence[float | None]) -> str:
     return f"{mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
-def _difference(result: Result, metric: str, sign: int) -> float | None:
-    test, train = result["test"][metric], result["train"][metric]
-    return None if test is None or train is None else sign * (test - train)
+def _difference(result: Result, metric: Criterion) -> float | None:
+    test, train = result["test"].get(metric.name), result["train"][metric.name]
+    return None if test is None or train is None else (train - test if metric.higher_is_better else test - train)
 
 
 def _size(result: Result, key: str, bits: int) -> str:
@@ -139,4 +138,4 @@ def _search_cells(comparison: Comparison) -> list[list[str]]:
 
 
 def _searched(result: Result, comparison: Comparison) -> str:
-    return "diverged" if "diverged" in result else _figure([result["val"][comparison.metric]])
+    return "diverged" if "diverged" in result else _figure([result["val"][comparison.metric.name]])

@@ -7,9 +7,9 @@ prepared model. `start_float_weights` gives float and other baselines their own 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,21 @@ class Initialization(Protocol):
         """Args: ``batches`` of training data; ``sum_over_ranks``, the all-reduce of a distributed training."""
 
 
+@runtime_checkable
+class StartsFloatWeights(Initialization, Protocol):
+    """An `Initialization` that also starts float weights, from the same data: those of baselines that are compared."""
+
+    solutions: Sequence[str]
+    """The names of what they may start at, to choose among."""
+    weights: str
+    """Pattern of the names that the weights had before the model was prepared."""
+
+    def start_float_weights(
+        self, model: nn.Module, targets: Mapping[str, Structure | None], batches: Iterable[Any], solution: str
+    ) -> None:
+        """Set the weights of a model that is not prepared, in place, to one of the solutions."""
+
+
 class SignsFromPairs:
     """Start one-bit weights at the signs and the λ that map inputs to outputs best: see `one_bit_start`.
 
@@ -75,6 +90,8 @@ class SignsFromPairs:
         >>> torch.allclose(model.weight, operator)
         True
     """
+
+    solutions: Sequence[str] = SOLUTIONS
 
     def __init__(
         self,
@@ -133,6 +150,12 @@ class SignsFromPairs:
             statistics.reduce(sum_over_ranks)
         _warn_of_too_few(statistics)
         _start(model, weights, one_bit_start(statistics, self.scale))
+
+    def start_float_weights(
+        self, model: nn.Module, targets: Mapping[str, Structure | None], batches: Iterable[Any], solution: str
+    ) -> None:
+        """Set float weights from the pairs in the batches: see the function `start_float_weights`."""
+        start_float_weights(model, targets, self.pairs(batches), cast(Solution, solution), self.scale)
 
 
 class SignsFromOperator:

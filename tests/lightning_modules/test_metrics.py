@@ -12,10 +12,12 @@ from lightning_modules.metrics import (
     RRMSELoss,
     RRMSESpectral,
     RRMSETemporal,
+    SignAccuracy,
     correlation_coefficient,
     nmse_db,
     rrmse_spectral,
     rrmse_temporal,
+    sign_accuracy,
 )
 
 
@@ -48,8 +50,13 @@ def reference_correlation(preds, target):
     return np.mean([np.corrcoef(p, t)[0, 1] for p, t in zip(preds, target, strict=True)])
 
 
+def reference_sign_accuracy(preds, target):
+    return np.mean([np.sign(p) == np.sign(t) for p, t in zip(preds.flat, target.flat, strict=True) if t != 0])
+
+
 PAIRS = [
     (NMSE, reference_nmse_db),
+    (SignAccuracy, reference_sign_accuracy),
     (RRMSETemporal, reference_rrmse_temporal),
     (RRMSESpectral, reference_rrmse_spectral),
     (CorrelationCoefficient, reference_correlation),
@@ -164,3 +171,13 @@ def test_a_wrong_gain_gives_the_error_of_the_gain(seed, gain):
     torch.testing.assert_close(rrmse_temporal(gain * target, target), torch.full((3,), abs(gain - 1)).double())
     torch.testing.assert_close(rrmse_spectral(gain * target, target), torch.full((3,), abs(gain**2 - 1)).double())
     torch.testing.assert_close(correlation_coefficient(gain * target, target), torch.ones(3).double())
+
+
+def test_signs_of_zeros_are_not_asked_for_and_a_zero_is_no_sign():
+    target = torch.tensor([[2.0, 0.0], [-1.0, -3.0]])
+    preds = torch.tensor([[1.0, 5.0], [0.0, -0.1]])
+    assert sign_accuracy(preds, target).item() == pytest.approx(2 / 3)
+    metric = SignAccuracy()
+    metric.update(preds[:1], target[:1])
+    metric.update(preds[1:], target[1:])
+    assert metric.compute().item() == pytest.approx(2 / 3)
