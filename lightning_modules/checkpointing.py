@@ -132,7 +132,8 @@ class RandomState(pl.Callback):
     * A checkpoint written after validation resumes inside the finished epoch, which Lightning closes without a
       further step: in ``on_train_epoch_end``. The next epoch makes its own iterator anyway.
     * A checkpoint written between two steps resumes with a step: in ``on_train_batch_start``. The rest of that epoch
-      repeats only if the loader has a ``state_dict`` of its own that holds its position, which torch's has not.
+      repeats only if the loader has a ``state_dict`` of its own that holds its position, which torch's has not. The
+      position is given back in ``on_train_start``, also where Lightning forgets it.
 
     Example:
         >>> callback = RandomState()
@@ -168,6 +169,9 @@ class RandomState(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.ckpt_path is None:
             return
+        # Where `configure_optimizers` asks for the number of all steps, Lightning makes the loaders before it has read
+        # the checkpoint, and keeps their positions for when it makes them. They have not given a batch yet.
+        trainer.fit_loop._load_combined_loader_states()
         if self._ranks is None:
             rank_zero_warn(
                 f"The checkpoint {trainer.ckpt_path} holds no random state: it was written without the callback "

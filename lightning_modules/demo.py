@@ -51,7 +51,7 @@ def rows() -> list[Row]:
     """The networks of the table, from the simplest to what cannot be had."""
 
     def baseline(name: str, quantizer: str, solution: str) -> Row:
-        return Row(name, BaselineQAT(TARGETS, quantizer, 0, PAIRS_OF_BATCH, solution))  # type: ignore[arg-type]
+        return Row(name, BaselineQAT(TARGETS, quantizer, 0, PAIRS_OF_BATCH, solution))
 
     one_bit = pb.TwoStageQAT(TARGETS, scale_stage_start=0, initialization=PAIRS_OF_BATCH)
     return [

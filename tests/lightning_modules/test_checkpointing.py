@@ -136,17 +136,24 @@ class ModuleWithPosition(TinyModule):
         return LoaderWithPosition(list(super().train_dataloader()))
 
 
+class ModuleThatAsksForItsSteps(ModuleWithPosition):
+    """As every module does whose schedule is as long as the training."""
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches > 0
+        return super().configure_optimizers()
+
+
 class StopAtStep(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 21:
             raise InterruptedError
 
 
-def test_resuming_inside_an_epoch_repeats_with_a_loader_that_can(tmp_path):
+@pytest.mark.parametrize("module", [ModuleWithPosition, ModuleThatAsksForItsSteps])
+def test_resuming_inside_an_epoch_repeats_with_a_loader_that_can(tmp_path, module):
     def experiment(callbacks: list[pl.Callback]) -> Experiment:
-        return Experiment(
-            ModuleWithPosition(), {"max_epochs": 4}, callbacks, checkpoint_arguments={"every_n_train_steps": 6}
-        )
+        return Experiment(module(), {"max_epochs": 4}, callbacks, checkpoint_arguments={"every_n_train_steps": 6})
 
     train(lambda: experiment([]), tmp_path / "undisturbed")
     with pytest.raises(InterruptedError):
