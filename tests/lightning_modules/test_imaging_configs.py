@@ -18,6 +18,7 @@ from lightning_modules.compare.runs import Run, build
 from lightning_modules.data.bsds500 import BSD68
 from lightning_modules.modules import SolverModule
 from lightning_modules.solvers.support_lista import SupportLISTA
+from lightning_modules.walsh_patterns import WalshPatterns
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -187,3 +188,27 @@ def test_without_learned_filters_as_the_config_says(run):
     run("bsds_denoising", "test", *options)
     names = set(last_checkpoint("run_float_twin")["state_dict"])
     assert names == {f"solver.{name}" for name in ("log_thresholds", "gradient_step_sizes", "pilot_weights")}
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+@pytest.mark.parametrize(
+    ("config", "file", "orders"),
+    [
+        ("single_pixel", "single_pixel_walsh", ["total_sequency"]),
+        (
+            "learned_patterns",
+            "walsh_orders",
+            ["total_sequency", "largest_sequency", "cake_cutting", "sequency", "natural"],
+        ),
+    ],
+)
+def test_rows_of_walsh_patterns_store_no_bits(monkeypatch, tmp_path, config, file, orders):
+    monkeypatch.chdir(CONFIGS.parent)
+    rows = read_rows([f"configs/rows/{file}.yaml"])
+    assert {row.quantizer for row in rows} == {"zero_bit"}
+    for row, order in zip(rows, orders, strict=True):
+        cli = build(Run((f"--config=configs/{config}.yaml",), (), row, 0, 1e-3), str(tmp_path))
+        [patterns] = [module for module in cli.model.modules() if isinstance(module, WalshPatterns)]
+        assert torch.equal(patterns.matrix(), WalshPatterns(16, 64, order).matrix())
+        if config == "single_pixel":
+            assert torch.equal(cli.datamodule.operator.matrix(), patterns.matrix())
