@@ -22,7 +22,7 @@ def parse_commands(example):
         command = shlex.split(line, comments=True)
         if command[:1] == ["pibinn"]:
             command = ["python", "-m", "lightning_modules", *command[1:]]
-        if command[:3] == ["python", "-m", "lightning_modules"] and command[3] not in ("compare", "apply"):
+        if command[:3] == ["python", "-m", "lightning_modules"] and command[3] not in ("compare", "apply", "frames"):
             with (
                 contextlib.chdir(REPOSITORY),
                 contextlib.redirect_stdout(io.StringIO()),

@@ -3,8 +3,8 @@
 ``convert`` packs a trained solver, ``export`` writes it for another runtime, ``summary`` says where its bytes are,
 ``analyze`` what can be guaranteed of it.
 
-``compare`` and ``apply`` are commands of their own: see `lightning_modules.compare.command` and
-`lightning_modules.apply.command`.
+``compare``, ``apply`` and ``frames`` are commands of their own: see `lightning_modules.compare.command`,
+`lightning_modules.apply.command` and `lightning_modules.mirror_frames`.
 
 ``python -m lightning_modules fit --config configs/eeg_eog.yaml``; any value of the YAML can be overridden by an option,
 ``--print_config`` shows the whole configuration, and ``fit --ckpt_path last`` resumes a run that was stopped.
@@ -21,6 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from lightning_modules.apply.command import main as apply
 from lightning_modules.compare.command import main as compare
 from lightning_modules.data.files import DataFileError
+from lightning_modules.mirror_frames import main as frames
 from lightning_modules.modules import SolverModule
 from lightning_modules.solver_cli import SolverCLI
 from lightning_modules.trainer import SolverTrainer
@@ -44,6 +45,8 @@ def main(args: Sequence[str] | None = None) -> None:
             return compare(arguments[1:])
         if arguments[:1] == ["apply"]:
             return apply(arguments[1:])
+        if arguments[:1] == ["frames"]:
+            return frames(arguments[1:])
         SolverCLI(
             SolverModule,
             trainer_class=SolverTrainer,

@@ -5,9 +5,10 @@ They need matplotlib: ``pip install pibinn-plugin[plot]``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
@@ -19,11 +20,12 @@ from typing_extensions import override
 
 from lightning_modules.analysis.plots import save_figure
 from lightning_modules.metrics import rrmse_temporal
+from lightning_modules.solvers.single_pixel_camera import SinglePixelCamera
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
-__all__ = ["ImagePictures", "SignalPictures"]
+__all__ = ["ImagePictures", "PatternPictures", "SignalPictures"]
 
 
 class Example(NamedTuple):
@@ -110,16 +112,78 @@ class ImagePictures(_TestPictures):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 3 * len(examples)), layout="constrained")
-        axes = figure.subplots(len(examples), 3, squeeze=False)
-        for row, example in zip(axes, examples, strict=True):
-            pictures = {"truth": example.truth, "measured": example.measured, "estimate": example.estimate}
-            for axis, (title, picture) in zip(row, pictures.items(), strict=True):
-                if title != "truth":
-                    psnr = peak_signal_noise_ratio(picture, example.truth, data_range=(0.0, 1.0))
-                    title = f"{title}, {psnr:.2f} dB"
-                axis.imshow(picture.squeeze().numpy(), cmap="gray", vmin=0, vmax=1)
-                axis.set_title(title)
-                axis.set_axis_off()
+        _draw_images(figure, examples, "measured")
+        return figure
+
+
+def _draw_images(figure: FigureBase, examples: list[Example], measured: str) -> None:
+    """A row for each example: truth, what was measured (or made of it at once), and estimate, with their PSNR."""
+    axes = figure.subplots(len(examples), 3, squeeze=False)
+    for row, example in zip(axes, examples, strict=True):
+        pictures = {"truth": example.truth, measured: example.measured, "estimate": example.estimate}
+        for axis, (title, picture) in zip(row, pictures.items(), strict=True):
+            if title != "truth":
+                psnr = peak_signal_noise_ratio(picture, example.truth, data_range=(0.0, 1.0))
+                title = f"{title}, {psnr:.2f} dB"
+            axis.imshow(picture.squeeze().numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set_title(title)
+            axis.set_axis_off()
+
+
+class PatternPictures(_TestPictures):
+    """Saves ``patterns.png``: the patterns of a `SinglePixelCamera`, and what it recovers of some test images.
+
+    Between truth and estimate stands the linear estimate that the decoder starts from. Patterns are in the order of
+    their exposure, row by row; white is +1, black -1.
+
+    Args:
+        count: Number of images.
+
+    Raises:
+        MisconfigurationException: fewer than one; by a test, a solver that is no `SinglePixelCamera`.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[PatternPictures(count=2)], logger=False, accelerator="cpu")
+    """
+
+    file_name = "patterns.png"
+
+    def __init__(self, count: int = 2) -> None:
+        super().__init__(count)
+        self._patterns = torch.empty(0)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_test_start(trainer, pl_module)
+        if not isinstance(pl_module.solver, SinglePixelCamera):
+            raise MisconfigurationException(
+                f"PatternPictures shows the patterns of a SinglePixelCamera; the solver is a "
+                f"{type(pl_module.solver).__name__}"
+            )
+        operator = pl_module.solver.patterns
+        size = operator.block_size
+        self._patterns = size * operator.matrix().detach().float().cpu().unflatten(1, (size, size))
+
+    @override
+    def shown(self, trainer: pl.Trainer, y: Tensor) -> Tensor:
+        camera = cast(SinglePixelCamera, trainer.lightning_module.solver)
+        return camera.patterns.linear_estimate(camera.measure(y))
+
+    @override
+    def figure(self, examples: list[Example]) -> Figure:
+        from matplotlib.figure import Figure
+
+        columns = math.ceil(math.sqrt(2 * len(self._patterns)))
+        rows = math.ceil(len(self._patterns) / columns)
+        heights = (10 * rows / columns, 3 * len(examples))
+        figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+        axes = above.subplots(rows, columns, squeeze=False).flatten()
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, pattern in zip(axes, self._patterns, strict=False):
+            axis.imshow(pattern.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        _draw_images(below, examples, "linear estimate")
         return figure
 
 

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_modules.block_patterns import BlockPatterns
+from lightning_modules.block_patterns import PatternOperator
 from lightning_modules.data.files import DataFileError
 from lightning_modules.data.images import image_paths, read_grey_image
 from lightning_modules.data.resumable_loader import EpochSampler, ResumableLoader
@@ -148,7 +148,7 @@ class BSDS500(pl.LightningDataModule):
     def __init__(
         self,
         data_dir: str | Path,
-        operator: BlockPatterns | None = None,
+        operator: PatternOperator | None = None,
         noise_level: float = 25.0,
         patch_size: int = 64,
         batch_size: int = 8,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.block_patterns import ImageOperator
+from lightning_modules.block_patterns import ImageOperator, PatternOperator
 from lightning_modules.operators.subsampled import dct
 from pibinn_plugin.storage.recipe import records_arguments
 
@@ -168,9 +168,10 @@ class SupportLISTA(nn.Module):
                 f"the images have shape {tuple(x.shape)}: it must be (batch, 1, height, width), at least "
                 f"{self.transform.size} by {self.transform.size} pixels."
             )
+        operator = self.operator.evaluated() if isinstance(self.operator, PatternOperator) else self.operator
         state = None
         for stage in range(len(self.log_thresholds)):
-            towards_data = y - x if self.operator is None else self.operator.A_dagger(y - self.operator.A(x))
+            towards_data = y - x if operator is None else operator.A_dagger(y - operator.A(x))
             moved = x + self.gradient_step_sizes[stage] * towards_data
             log_odds = self._log_odds(stage, moved + self.pilot_weights[stage] * (x - moved))
             if self.channels:

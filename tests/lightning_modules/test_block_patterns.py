@@ -1,5 +1,7 @@
 """The operator of single-pixel imaging: its matrix, its adjoint, and its recovery from pairs."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,6 +40,30 @@ def test_linear_estimate_beats_the_pseudo_inverse_on_smooth_images():
     x = (0.3 * ramp.view(1, 1, -1, 1) + 0.5 * ramp).expand(1, 1, 32, 32)
     estimate, projection = operator.linear_estimate(operator.A(x)), operator.A_dagger(operator.A(x))
     assert (estimate - x).square().mean() < 0.01 * (projection - x).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("correlation", "model"),
+    [
+        ("separable", lambda down, along: 0.9 ** (down + along)),
+        ("isotropic", lambda down, along: 0.95 ** math.hypot(down, along)),
+    ],
+)
+def test_the_covariance_is_that_of_the_pixels_distance(correlation, model):
+    covariance = BlockPatterns(block_size=4, measurements=6, correlation=correlation).covariance
+    for first, second in [(0, 0), (0, 3), (1, 14), (5, 10), (15, 0)]:
+        down, along = abs(first // 4 - second // 4), abs(first % 4 - second % 4)
+        assert covariance[first, second].item() == pytest.approx(4 + model(down, along), rel=1e-6)
+
+
+def test_evaluated_patterns_are_those_of_the_operator():
+    operator, x = LearnedBlockPatterns(block_size=4, measurements=6), torch.rand(2, 1, 8, 12)
+    evaluated = operator.evaluated()
+    assert torch.equal(evaluated.A(x), operator.A(x))
+    assert torch.equal(evaluated.A_dagger(operator.A(x)), operator.A_dagger(operator.A(x)))
+    with torch.no_grad():
+        operator.weight.mul_(2)
+    torch.testing.assert_close(operator.evaluated().A(x), operator.A(x))
 
 
 def test_every_block_is_measured_with_the_same_patterns():
@@ -125,3 +151,8 @@ def test_unfit_arguments_and_images_are_refused(kind):
             kind(measurements=measurements)
     with pytest.raises(ValueError, match=r"\(1, 1, 20, 32\).*multiples of 16"):
         kind().A(torch.zeros(1, 1, 20, 32))
+
+
+def test_an_unknown_correlation_is_refused():
+    with pytest.raises(ValueError, match="correlation='round': expected one of separable, isotropic"):
+        BlockPatterns(correlation="round")

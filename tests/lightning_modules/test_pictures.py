@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from matplotlib.image import imread
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules.block_patterns import BlockPatterns
 from lightning_modules.modules import SolverModule
-from lightning_modules.pictures import ImagePictures, SignalPictures
+from lightning_modules.pictures import ImagePictures, PatternPictures, SignalPictures
+from lightning_modules.solvers.single_pixel_camera import SinglePixelCamera
+from lightning_modules.solvers.support_lista import SupportLISTA
+from lightning_modules.walsh_patterns import WalshPatterns
 
 
 class Half(torch.nn.Module):
@@ -74,10 +78,42 @@ def test_signals_show_traces_and_spectra(tmp_path):
     assert trace.get_title() == "RRMSE 0.000" and trace.lines[0].get_xdata()[-1] == 255 / 64
 
 
+class Camera(SinglePixelCamera):
+    """A camera whose decoder is easy to recognise: the linear estimate, halved."""
+
+    def forward(self, y):
+        return self.patterns.linear_estimate(self.measure(y)) / 2
+
+
+def test_patterns_and_what_they_recover(tmp_path):
+    camera = Camera(SupportLISTA(WalshPatterns(block_size=4, measurements=3), channels=0))
+    x = torch.rand(2, 1, 8, 12)
+    scene = torch.cat([F.pixel_unshuffle(x, 4), 0.01 * torch.randn(2, 3, 2, 3)], dim=1)
+    loader = DataLoader(TensorDataset(scene, x), batch_size=1)
+    axes = run_test(tmp_path, PatternPictures(count=2), loader, solver=camera)
+    drawn = [axis for axis in axes if axis.images]
+    assert len(drawn) == 3 + 2 * 3
+    for axis, pattern in zip(drawn, camera.patterns.matrix(), strict=False):
+        np.testing.assert_array_equal(axis.images[0].get_array(), 4 * pattern.reshape(4, 4))
+    for number in range(2):
+        truth, linear, estimate = (np.asarray(axis.images[0].get_array()) for axis in drawn[3 + 3 * number :][:3])
+        np.testing.assert_allclose(truth, x[number, 0])
+        expected = camera.patterns.linear_estimate(camera.measure(scene[number : number + 1]))[0, 0]
+        np.testing.assert_allclose(linear, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(estimate, expected / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_a_solver_without_patterns_has_no_picture_of_them(tmp_path):
+    loader = DataLoader(TensorDataset(torch.rand(1, 4), torch.rand(1, 4)))
+    with pytest.raises(MisconfigurationException, match="patterns of a SinglePixelCamera; the solver is a Half"):
+        run_test(tmp_path, PatternPictures(), loader)
+
+
 @pytest.mark.parametrize(
     ("callback", "match"),
     [
         (lambda: ImagePictures(count=0), "count=0"),
+        (lambda: PatternPictures(count=0), "count=0"),
         (lambda: SignalPictures(sampling_rate=0), "sampling_rate=0"),
     ],
 )
