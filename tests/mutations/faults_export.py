@@ -19,7 +19,7 @@ FAULTS = [
         "export/__init__.py",
         "    packed = packed.cpu().eval().requires_grad_(False)\n",
         "    packed = packed.cpu().requires_grad_(False)\n",
-        "export",
+        "export::test_what_is_exported_is_the_network_in_evaluation_and_the_model_stays_as_it_was",
     ),
     Fault(
         "export/__init__.py",
@@ -34,7 +34,10 @@ FAULTS = [
         "export::test_weights_packed_by_torchao_itself_are_exported",
     ),
     Fault(
-        "export/__init__.py", "        packed = copy_of(model)\n", "        packed = model\n", "export foreign_networks"
+        "export/__init__.py",
+        "        packed = copy_of(model)\n",
+        "        packed = model\n",
+        "export::test_what_is_exported_is_the_network_in_evaluation_and_the_model_stays_as_it_was",
     ),
     Fault(
         "export/__init__.py",
@@ -86,7 +89,12 @@ FAULTS = [
     ),
     Fault("export/unpack.py", ".cumsum(0) - 1).clamp_min(0)", ".cumsum(0)).clamp_min(0)", PT2),
     Fault("export/unpack.py", ".cumsum(0) - 1).clamp_min(0)", ".cumsum(0) - 1)", PT2 + " " + ONNX),
-    Fault("export/unpack.py", "if scale.dtype != self.dtype:", "if False:", "export foreign_networks models"),
+    Fault(
+        "export/unpack.py",
+        "if scale.dtype != self.dtype:",
+        "if False:",
+        "export::test_layers_of_several_precisions_share_one_scale",
+    ),
     Fault(
         "export/unpack.py",
         "compact or isinstance(packed.structure, Dense)",

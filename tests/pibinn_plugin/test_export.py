@@ -245,3 +245,56 @@ def test_executorch_of_weak_latents_is_the_network(name, tmp_path):
     pytest.importorskip("executorch")
     model, x = weak_network(name)
     pb.export(model, tmp_path / "net.pte", (x,), "executorch")
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_what_is_exported_is_the_network_in_evaluation_and_the_model_stays_as_it_was(is_packed, tmp_path):
+    model = pb.prepare(nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.5)), {"0.weight": None})
+    model, x = (pb.convert(model) if is_packed else model).train(), torch.randn(4, 16)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert any(trained.values())
+    loaded = torch.export.load(pb.export(model, tmp_path / "net.pt2", (x,), "pt2")).module()
+    assert all(module.training for module in model.modules())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+    torch.testing.assert_close(loaded(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_a_batch_of_one_is_no_constant(format, tmp_path):
+    model, x = weak_network("dense")
+    path = pb.export(model, tmp_path / "net.pt2", (x[:1],), format)
+    run = torch.export.load(path).module() if format == "pt2" else lambda y: run_onnx(path, y)[0]
+    y = torch.randn(5, *x.shape[1:])
+    torch.testing.assert_close(run(y), outputs_of(model(y))[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_writer_cannot_change_what_its_file_is_compared_with(tmp_path, monkeypatch):
+    from pibinn_plugin.export import pt2
+
+    write = pt2.write
+
+    def write_another(packed, inputs, path):
+        for parameter in packed.parameters():
+            if parameter.is_floating_point():
+                parameter.data.mul_(3)
+        write(packed, inputs, path)
+
+    monkeypatch.setattr(pt2, "write", write_another)
+    model, x = weak_network("dense")
+    with pytest.raises(pb.ExportError, match="differs from the network by"):
+        pb.export(pb.convert(model), tmp_path / "net.pt2", (x,), "pt2")
+
+
+def test_layers_of_several_precisions_share_one_scale(tmp_path):
+    class TwoPrecisions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4).double()
+
+        def forward(self, x):
+            return self.second(self.first(x).double())
+
+    model, x = pb.prepare(TwoPrecisions(), {"*.weight": None}), torch.randn(3, 8)
+    loaded = torch.export.load(pb.export(model, tmp_path / "net.pt2", (x,), "pt2")).module()
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+    assert loaded(x).dtype == torch.float64
