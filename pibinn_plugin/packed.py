@@ -1,8 +1,9 @@
-"""The packed form of any module: bits in the place of a weight, unpacked whenever the weight is read.
+"""The packed form of any module: bits in the place of a weight, unpacked when the weight is read.
 
 The module stays the object that it was, with its class, attributes and hooks; ``module.weight`` is still W. That is all
 a packed network needs. `multiply_bits` is put on last, where a layer is exactly a stock one: it then multiplies its
-bits as they are, the same values faster.
+bits as they are, the same values faster. Weights that are read (convolutions, raw parameters) are kept unpacked for
+inference, see `keep_unpacked`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.functional import packed_linear, packed_linear_adjoint, packed_linear_int8
+from pibinn_plugin.kept import KeptWeight, can_keep, unpacked
 from pibinn_plugin.kernel import native
 from pibinn_plugin.kernel.native import Layout
 from pibinn_plugin.nn import CompactLinear
@@ -44,13 +46,42 @@ class UnpackSigns(OneBitRule):
         if scale.value.device.type != "meta":
             check_scale(scale().item(), dtype)
         self.dtype = dtype
+        self.keeps_weight = True
+        self._kept: KeptWeight | None = None
 
     @override
     def forward(self, bits: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # and exporting
+            return self._unpack(bits)
+        if not (self.keeps_weight and can_keep(bits, self.scale.value)):
+            self._kept = None
+            return self._unpack(bits)
+        # In a variable: another thread may drop or replace it.
+        self._kept = kept = unpacked(self._kept, bits, self.scale.value, self.dtype, lambda: self._unpack(bits))
+        return kept.weight
+
+    def _unpack(self, bits: Tensor) -> Tensor:
         return PackedSigns(bits, self.structure, self.shape).weight(self.scale(), self.compact, self.dtype)
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory of the unpacked weight that is kept now."""
+        kept = self._kept
+        return 0 if kept is None else kept.weight.nbytes
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles unpack their weights anew."""
+        return {**vars(self), "_kept": None}
+
+    @override
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnpackSigns:
+        self._kept = None
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.value.device)).dtype
         return self
@@ -231,6 +262,45 @@ def use_int8_activations(model: nn.Module, enabled: bool = True) -> None:
         raise PIBiNNError("the model has no PackedLinear, which alone has int8 activations; did you convert it?")
     for layer in layers:
         layer.int8_activations = enabled
+
+
+def keep_unpacked(model: nn.Module, enabled: bool = True) -> None:
+    """Have a packed model keep the weights that it unpacks, as it does unless told otherwise, or stop keeping them.
+
+    For inference: a weight that is read as a tensor (of a convolution, a raw parameter, whatever multiplies by
+    ``module.weight`` itself) is unpacked at its first use and kept until its bits or λ are written to, replaced or
+    moved. It takes the memory of the float weight; `unpacked_bytes` counts it. Without, it is unpacked at each use.
+    Linear layers multiply their bits and keep nothing. State dicts, files, copies and exports hold bits only.
+
+    A write that torch does not count, to ``bits.data`` or through numpy, is not seen: call this again after it, which
+    drops what was kept.
+
+    Args:
+        model: what ``convert`` or ``load`` returned; changed in place.
+        enabled: False drops the weights that are kept and keeps no more.
+
+    Example:
+        >>> import pibinn_plugin as pb
+        >>> model = pb.convert(pb.prepare(nn.Sequential(nn.Conv1d(2, 4, 3)), {"0.weight": None}))
+        >>> with torch.no_grad():
+        ...     output = model(torch.randn(1, 2, 16))
+        >>> unpacked_bytes(model)
+        96
+        >>> keep_unpacked(model, False)
+        >>> unpacked_bytes(model)
+        0
+    """
+    for module in model.modules():
+        if isinstance(module, UnpackSigns):
+            module.keeps_weight, module._kept = enabled, None
+
+
+def unpacked_bytes(model: nn.Module) -> int:
+    """The memory of the unpacked weights that a packed model keeps now; 0 before its first use.
+
+    Beside it there are the bits. `keep_unpacked` has an example.
+    """
+    return sum(module.kept_bytes for module in model.modules() if isinstance(module, UnpackSigns))
 
 
 def packed_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, UnpackSigns]]:
