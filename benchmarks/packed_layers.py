@@ -182,9 +182,9 @@ def main() -> None:
     lines = [
         "# Packed networks against their float twins",
         "",
-        f"`python benchmarks/packed_layers.py`. {machine()} Path of the kernel: {kernel()}. Inference, float32; process",
-        "time of one call, the least; how many times faster packed is: the median of the ratios of turns, each of which",
-        "begins with a call that is not timed. Last, what is kept unpacked.",
+        f"`python benchmarks/packed_layers.py`. {machine()} Path of the kernel: {kernel()}. Inference, float32.",
+        "Process time of one call, the least; and how many times faster packed is, the median of the ratios of turns,",
+        "each of which begins with a call that is not timed. Last, what is kept unpacked after the eager calls.",
         "",
         f"| {' | '.join([*head, 'kept, KiB'])} |",
         "|---" * (len(head) + 1) + "|",

@@ -8,84 +8,77 @@ transformed or differentiated unpacks in its own graph.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-import torch.autograd.forward_ad
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _PLAIN = frozenset({Tensor, nn.Parameter})
 
+# Looked up once: a read of a kept weight is to take no longer than that of a parameter.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_gradients_are_enabled = torch.is_grad_enabled
 
-@dataclass(frozen=True, eq=False)
+
 class KeptWeight:
-    """A weight, and all that it was unpacked from.
+    """A weight unpacked now, and all that it was unpacked from.
 
     Args:
-        weight: ``λ · S ⊙ M``, a float tensor.
-        bits: the packed signs, uint8.
-        scale: the tensor that holds λ, shape ``(1,)``.
-        state: of the three, as `_state` gives it.
+        bits: the packed signs, of which `can_be_kept` is true.
+        scale: the tensor that holds λ, shape ``(1,)``, likewise.
+        unpack: gives the weight.
     """
 
-    weight: Tensor
-    bits: Tensor
-    scale: Tensor
-    state: tuple[object, ...]
+    def __init__(self, bits: Tensor, scale: Tensor, unpack: Callable[[], Tensor]) -> None:
+        self.bits, self.scale = bits, scale
+        # Read before: what another thread writes meanwhile makes this stale.
+        self._bits_version, self._scale_version = bits._version, scale._version
+        # By their numbers too, where reading them waits for no device. Writes through ``.data`` count as none: those of
+        # averages to λ, and those of networks that clamp or normalize the weights that they read.
+        self._is_on_cpu = bits.is_cpu and scale.is_cpu
+        self._number = scale.item() if self._is_on_cpu else None
+        # No tensor of inference mode, which could not take part later where a gradient of the input is computed.
+        with torch.inference_mode(False), torch.no_grad():
+            self.weight = unpack()
+            self._probe = self.weight.view(-1)[self.weight.argmin()]
+        self._weight_version = self.weight._version
+        self._least = self._probe.item() if self._is_on_cpu else None
 
-    def is_of(self, bits: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
-        """Whether unpacking anew would give the same."""
-        return bits is self.bits and scale is self.scale and self.state == _state(self.weight, bits, scale, dtype)
+    def is_of(self, bits: Tensor, scale: Tensor | None) -> bool:
+        """Whether unpacking these anew, here and now, would give nothing else; written out, since it is often asked."""
+        return (
+            bits is self.bits
+            and scale is self.scale
+            and bits._version == self._bits_version
+            and self.weight._version == self._weight_version
+            and not (_gradients_are_enabled() and scale.requires_grad)
+            and _dispatch_modes() == 0
+            and _tracing_state() is None
+            and (
+                (scale.item() == self._number and self._probe.item() == self._least)
+                if self._is_on_cpu
+                else (scale._version == self._scale_version and not torch.cuda.is_current_stream_capturing())
+            )
+        )
 
 
-def unpacked(
-    kept: KeptWeight | None, bits: Tensor, scale: Tensor, dtype: torch.dtype, unpack: Callable[[], Tensor]
-) -> KeptWeight:
-    """The weight that is kept, if it is still what ``unpack`` would give; else what that gives now.
+def can_be_kept(bits: Tensor, scale: Tensor) -> bool:
+    """Whether a weight that is unpacked from these, here and now, may be read again later.
 
-    Args:
-        kept: what an earlier call returned.
-        bits: the packed signs; of what `can_keep` is true.
-        scale: the tensor that holds λ.
-        dtype: of the weight.
-        unpack: makes the weight.
-    """
-    if kept is not None and kept.is_of(bits, scale, dtype):
-        return kept
-    # No tensor of inference mode, which later could not take part where a gradient of the input is computed.
-    with torch.inference_mode(False), torch.no_grad():
-        before = _state(bits, bits, scale, dtype)
-        weight = unpack()
-        # Read before: whoever writes meanwhile, from another thread, makes it stale.
-        return KeptWeight(weight, bits, scale, (weight._version, *before[1:]))
-
-
-def can_keep(bits: Tensor, scale: Tensor) -> bool:
-    """Whether a weight that is read here and now may be one that was unpacked before.
-
-    Not where λ is to have a gradient, nor under a transform, a trace or a capture, which unpack in their own graph; and
-    not for tensors that count no writes, those made in inference mode.
+    Not where λ is to have a gradient, nor where a trace, a transform or a capture is to hold the unpacking itself; and
+    not for tensors made in inference mode, which count no writes.
     """
     return (
         type(bits) in _PLAIN
         and type(scale) in _PLAIN
-        and not (scale.requires_grad and torch.is_grad_enabled())
+        and not bits.is_meta
         and not bits.is_inference()
         and not scale.is_inference()
-        and not bits.is_meta
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
+        and not (_gradients_are_enabled() and scale.requires_grad)
+        and _dispatch_modes() == 0
+        and _tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
+        and forward_ad._current_level < 0
         and not (bits.is_cuda and torch.cuda.is_current_stream_capturing())
     )
-
-
-def _state(weight: Tensor, bits: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
-    """What changes when one of them is written to, moved or converted.
-
-    λ by its number too, where reading it waits for no device: averages write to parameters through ``.data``, which
-    counts as no write.
-    """
-    number = scale.item() if scale.is_cpu else scale.data_ptr()
-    return weight._version, bits._version, scale._version, number, scale.dtype, scale.device, dtype

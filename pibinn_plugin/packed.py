@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.functional import packed_linear, packed_linear_adjoint, packed_linear_int8
-from pibinn_plugin.kept import KeptWeight, can_keep, unpacked
+from pibinn_plugin.kept import KeptWeight, can_be_kept
 from pibinn_plugin.kernel import native
 from pibinn_plugin.kernel.native import Layout
 from pibinn_plugin.nn import CompactLinear
@@ -26,6 +27,9 @@ from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.parametrized import parametrize_by, set_class_before
 from pibinn_plugin.quantizer import GlobalScale, OneBitRule, check_scale
 from pibinn_plugin.structure import BlockDiagonal
+
+# Multiply-adds of a dense layer up to which the call of the kernel takes longer than torch's product of floats.
+_SMALL = 2**15
 
 
 class UnpackSigns(OneBitRule):
@@ -51,16 +55,30 @@ class UnpackSigns(OneBitRule):
 
     @override
     def forward(self, bits: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # and exporting
-            return self._unpack(bits)
-        if not (self.keeps_weight and can_keep(bits, self.scale.value)):
-            self._kept = None
-            return self._unpack(bits)
-        # In a variable: another thread may drop or replace it.
-        self._kept = kept = unpacked(self._kept, bits, self.scale.value, self.dtype, lambda: self._unpack(bits))
-        return kept.weight
+        weight = self.ready_value(bits)
+        return self._unpack(bits) if weight is None else weight
+
+    @override
+    def ready_value(self, original: Tensor) -> Tensor | None:
+        """The unpacked weight, where it is kept or can be from now on; None in graphs, which unpack it themselves."""
+        if torch.compiler.is_compiling():  # or exporting
+            return None
+        kept = self._kept  # once: another thread may drop it
+        scale = self._scale[0]._parameters.get("value")
+        if kept is None or not kept.is_of(original, scale):
+            kept = None
+            if self.keeps_weight and scale is not None and can_be_kept(original, scale):
+                kept = KeptWeight(original, scale, lambda: self._unpack(original))
+            self._kept = kept
+        return None if kept is None else kept.weight
 
     def _unpack(self, bits: Tensor) -> Tensor:
+        scale = self.scale.value
+        needs_gradient = torch.is_grad_enabled() and scale.requires_grad
+        if not needs_gradient and self.dtype in native.DTYPES and native.can_run(scale, bits, scale, None):
+            packed = PackedSigns(bits, self.structure, self.shape)
+            values = native.unpack(bits, scale, packed.nnz, self.dtype)
+            return values if self.compact else self.structure.to_dense(values, self.shape)
         return PackedSigns(bits, self.structure, self.shape).weight(self.scale(), self.compact, self.dtype)
 
     @property
@@ -92,6 +110,7 @@ def read_from_bits(module: nn.Module, name: str, unpack: UnpackSigns, bits: Tens
 
     Where the parameter is parametrized already, its later parametrizations stay on top.
     """
+    native.warn_without_kernel()
     if parametrize.is_parametrized(module, name):
         # Not remove_parametrizations: it edits the class, which a deepcopy shares with the model it was copied from.
         chain: Any = module.parametrizations[name]  # type: ignore[index]
@@ -139,6 +158,8 @@ class _MultipliesBits(nn.Module):
             output = self._fused(chain, input, self._layout, self._parameters["bias"], False)
             if output is not None:
                 return output
+        if self._has_no_kernel(input):
+            return super().forward(input)
         return self._product(packed_linear, input, bias)
 
     def adjoint(self, input: Tensor) -> Tensor:
@@ -159,6 +180,12 @@ class _MultipliesBits(nn.Module):
         can_run = native.can_run(input, self.bits, rule.scale.value, None)
         has_layout = native.layout_of(rule.structure, rule.shape) is not None
         return self._plain_chain() is not None and can_run and has_layout
+
+    def _has_no_kernel(self, input: Tensor) -> bool:
+        """Whether a product on bits would unpack them, and a weight that was unpacked before is at hand."""
+        rule = self._rule
+        can_run = input.dtype != rule.dtype or native.can_run(input, self.bits, rule.scale.value, None)
+        return not can_run and rule.ready_value(self.bits) is not None
 
     def _plain_chain(self) -> Any:
         """The parametrization of the weight, where it is its packed signs and nothing else."""
@@ -191,6 +218,15 @@ class _MultipliesBits(nn.Module):
 
 class PackedLinear(_MultipliesBits, nn.Linear):
     """``nn.Linear`` on packed signs: ``y = λ (S ⊙ M) x + b``, input ``(..., columns)``, output ``(..., rows)``."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() * self.out_features <= _SMALL and not self.int8_activations:
+            chain = self._plain_chain()
+            weight = None if chain is None else chain._modules["0"].ready_value(chain._buffers["original"])
+            if weight is not None and input.dtype is weight.dtype is torch.float32 and "bias" in self._parameters:
+                return F.linear(input, weight, self._parameters["bias"])
+        return super().forward(input)
 
 
 class PackedCompactLinear(_MultipliesBits, CompactLinear):
@@ -270,7 +306,8 @@ def keep_unpacked(model: nn.Module, enabled: bool = True) -> None:
     For inference: a weight that is read as a tensor (of a convolution, a raw parameter, whatever multiplies by
     ``module.weight`` itself) is unpacked at its first use and kept until its bits or λ are written to, replaced or
     moved. It takes the memory of the float weight; `unpacked_bytes` counts it. Without, it is unpacked at each use.
-    Linear layers multiply their bits and keep nothing. State dicts, files, copies and exports hold bits only.
+    Linear layers multiply their bits and keep nothing, except for small products and where there is no kernel. State
+    dicts, files, copies and exports hold bits only.
 
     A write that torch does not count, to ``bits.data`` or through numpy, is not seen: call this again after it, which
     drops what was kept.
