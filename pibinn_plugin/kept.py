@@ -42,6 +42,8 @@ class KeptWeight:
         with torch.inference_mode(False), torch.no_grad():
             self.weight = unpack()
             self._probe = self.weight.view(-1)[self.weight.argmin()]
+            # For compiled code, in which `refresh` looks at the bits themselves: of no bits that there are.
+            self.seen = torch.zeros(bits.numel() + 4, dtype=torch.uint8, device=bits.device)
         self._weight_version = self.weight._version
         self._least = self._probe.item() if self._is_on_cpu else None
 

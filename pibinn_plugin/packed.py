@@ -26,7 +26,7 @@ from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.parametrized import parametrize_by, set_class_before
 from pibinn_plugin.quantizer import GlobalScale, OneBitRule, check_scale
-from pibinn_plugin.structure import BlockDiagonal
+from pibinn_plugin.structure import BlockDiagonal, Dense
 
 # Multiply-adds of a dense layer up to which the call of the kernel takes longer than torch's product of floats.
 _SMALL = 2**15
@@ -55,8 +55,21 @@ class UnpackSigns(OneBitRule):
 
     @override
     def forward(self, bits: Tensor) -> Tensor:
-        weight = self.ready_value(bits)
+        weight = self._refreshed(bits) if torch.compiler.is_compiling() else self.ready_value(bits)
         return self._unpack(bits) if weight is None else weight
+
+    def _refreshed(self, bits: Tensor) -> Tensor | None:
+        """In compiled code: the weight that was unpacked before, brought up to date by an operator of the graph."""
+        kept, scale = self._kept, self.scale.value
+        is_whole = self.compact or isinstance(self.structure, Dense)
+        if kept is None or not is_whole or self.dtype != kept.weight.dtype or not self._can_unpack(bits, scale):
+            return None
+        native.refresh(kept.weight, kept.seen, bits, scale)
+        return kept.weight
+
+    def _can_unpack(self, bits: Tensor, scale: Tensor) -> bool:
+        needs_gradient = torch.is_grad_enabled() and scale.requires_grad
+        return not needs_gradient and self.dtype in native.DTYPES and native.can_run(scale, bits, scale, None)
 
     @override
     def ready_value(self, original: Tensor) -> Tensor | None:
@@ -74,8 +87,7 @@ class UnpackSigns(OneBitRule):
 
     def _unpack(self, bits: Tensor) -> Tensor:
         scale = self.scale.value
-        needs_gradient = torch.is_grad_enabled() and scale.requires_grad
-        if not needs_gradient and self.dtype in native.DTYPES and native.can_run(scale, bits, scale, None):
+        if self._can_unpack(bits, scale):
             packed = PackedSigns(bits, self.structure, self.shape)
             values = native.unpack(bits, scale, packed.nnz, self.dtype)
             return values if self.compact else self.structure.to_dense(values, self.shape)

@@ -6,7 +6,8 @@ the same names (`cpu`, whose shared object does it in C++). Another one is a fil
 
 ``packed_linear`` has the scale and the bias in it and no gradient; ``sign_product`` is linear and has one.
 ``packed_linear_int8`` rounds each sample to int8 multiples of its activation scale; its scale is a signed one.
-``unpack`` gives the values ``±λ`` of the first ``count`` bits.
+``unpack`` gives the values ``±λ`` of the first ``count`` bits; ``refresh`` writes them into a weight that was unpacked
+before, if bits or λ are no longer what was ``seen`` then: bytes, those of the bits and 4 of λ.
 
 Rows and columns are those of each block, in lists where blocks are uneven; index and shape are those of a matrix of any
 pattern. Unchecked: the numbers of the index are taken to lie within the matrix, as they do where `sparse_rows` made it.
@@ -38,7 +39,7 @@ def _overload(operator: str, layout: str) -> str:
     return f"{operator}.{layout}" if layout else operator
 
 
-def _fake(name: str, shape: Callable[..., Tensor]) -> None:
+def _fake(name: str, shape: Callable[..., Tensor | None]) -> None:
     torch.library.register_fake(f"pibinn::{name}", shape, lib=_library)
 
 
@@ -64,6 +65,8 @@ def _define() -> None:
         _fake(_overload("packed_linear_int8", name), _packed_linear_int8)
     _library.define("unpack(Tensor bits, Tensor scale, int count, ScalarType dtype) -> Tensor")
     _fake("unpack", _unpack)
+    _library.define("refresh(Tensor(a!) weight, Tensor(b!) seen, Tensor bits, Tensor scale) -> ()")
+    _fake("refresh", _refresh)
 
 
 def _packed_linear(
@@ -112,6 +115,10 @@ def _unpack(bits: Tensor, scale: Tensor, count: int, dtype: torch.dtype) -> Tens
     return bits.new_empty((count,), dtype=dtype)
 
 
+def _refresh(weight: Tensor, seen: Tensor, bits: Tensor, scale: Tensor) -> None:
+    return None
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ctx.bits, ctx.rows, ctx.columns, ctx.transposed = inputs
 
@@ -137,3 +144,4 @@ PRODUCT: dict[type, Any] = {
     Tensor: _ops.sign_product.sparse_unchecked,
 }
 UNPACK: Any = _ops.unpack.default
+REFRESH: Any = _ops.refresh.default

@@ -207,3 +207,40 @@ def test_layers_keep_a_weight_where_the_kernel_cannot_multiply():
     x = torch.randn(64, 256)
     torch.testing.assert_close(layer(x.double()), F.linear(x.double(), layer[0].weight, layer[0].bias))
     assert unpacked_bytes(layer) == 8 * 256 * 256
+
+
+class Tied(Raw):
+    """One parameter, read several times, once inside of a checkpoint."""
+
+    def forward(self, x):
+        def step(x):
+            return (x @ self.matrix.T @ self.matrix).tanh()
+
+        return step(torch.utils.checkpoint.checkpoint(step, step(x), use_reentrant=False))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_compiled_code_that_reads_a_kept_weight_sees_every_change(mode):
+    model, x = pb.convert(pb.prepare(Tied(), {"matrix": None})), torch.randn(3, 8)
+    pb.global_scale(model).requires_grad_(False)
+    compiled = torch.compile(model)
+
+    def check():
+        plain = Raw()
+        plain.matrix.data = expected(model)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), Tied.forward(plain, x))
+            torch.testing.assert_close(model(x), Tied.forward(plain, x))
+
+    with mode():
+        compiled(x)  # nothing is kept yet
+        model(x)
+        kept = unpacked_bytes(model)
+        check()
+        for change in ("set", "data", "bits", "one bit", "load", "set", "clamped", "clamped"):
+            CHANGES[change](model)
+            check()
+        assert unpacked_bytes(model) == kept == 6 * 8 * 4
+    given = torch.randn(3, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(compiled(given).sum(), given)
+    torch.testing.assert_close(gradient, torch.autograd.grad(model(given).sum(), given)[0])

@@ -352,15 +352,50 @@ void write_signs(const uint8_t* bits, int64_t count, Pattern plus, Pattern minus
   for (; i < count; i++) output[i] = (bits[i / 8] >> (i % 8) & 1) ? plus : minus;
 }
 
-// Of numbers of this dtype, as bit patterns: they are only copied.
+// λ and -λ as bit patterns of their dtype: they are only copied.
+template <typename Pattern>
+struct Signs {
+  Pattern patterns[2];
+
+  Signs(Scalar scalar, float scale) {
+    const float values[] = {scale, -scale};
+    write_floats(scalar, values, 2, reinterpret_cast<char*>(patterns), 0);
+  }
+};
+
 template <typename Pattern>
 void unpack_as(Scalar scalar, float scale, const uint8_t* bits, int64_t count, Pattern* output) {
-  const float values[] = {scale, -scale};
-  Pattern patterns[2];
-  write_floats(scalar, values, 2, reinterpret_cast<char*>(patterns), 0);
+  const auto [patterns] = Signs<Pattern>(scalar, scale);
   parallel_for((count + 7) / 8, 1 << 14, [&](int64_t begin, int64_t end) {
     write_signs(bits + begin, std::min(8 * end, count) - 8 * begin, patterns[0], patterns[1], output + 8 * begin);
   });
+}
+
+// Whether a weight is what was unpacked into it, as far as some of its elements tell: networks that clamp or normalize
+// the weight that they read write to most of them.
+template <typename Pattern>
+bool is_intact(Scalar scalar, float scale, const uint8_t* bits, int64_t count, const Pattern* weight) {
+  const auto [patterns] = Signs<Pattern>(scalar, scale);
+  const int64_t step = count / 32 + 1;
+  for (int64_t i = 0; i < count; i += step)
+    if (weight[i] != patterns[(bits[i / 8] >> (i % 8) & 1) ^ 1]) return false;
+  return true;
+}
+
+bool is_intact(const Handle& weight, float scale, const uint8_t* bits, int64_t count) {
+  const Scalar scalar = scalar_of(dtype_of(weight));
+  return scalar == Scalar::float32
+             ? is_intact(scalar, scale, bits, count, reinterpret_cast<const uint32_t*>(data_of(weight)))
+             : is_intact(scalar, scale, bits, count, reinterpret_cast<const uint16_t*>(data_of(weight)));
+}
+
+void unpack_into(const Handle& output, float scale, const uint8_t* bits, int64_t count) {
+  const Scalar scalar = scalar_of(dtype_of(output));
+  if (scalar == Scalar::float32) {
+    unpack_as(scalar, scale, bits, count, reinterpret_cast<uint32_t*>(data_of(output)));
+  } else {
+    unpack_as(scalar, scale, bits, count, reinterpret_cast<uint16_t*>(data_of(output)));
+  }
 }
 
 void unpack(StableIValue* stack, uint64_t, uint64_t) {
@@ -369,17 +404,37 @@ void unpack(StableIValue* stack, uint64_t, uint64_t) {
   const int32_t dtype = to<int32_t>(stack[3]);
   expect(count >= 0, "expected a number of bits, got ", count);
   check_bits(bits, count);
-  const Scalar scalar = scalar_of(dtype);
+  scalar_of(dtype);  // before there is a tensor of it
   AtenTensorHandle result;
   check(aoti_torch_empty_strided(1, &count, &stride, dtype, aoti_torch_device_type_cpu(), 0, &result));
   Handle output(result);
-  const auto* bytes = reinterpret_cast<const uint8_t*>(data_of(bits));
-  if (scalar == Scalar::float32) {
-    unpack_as(scalar, value_of(scale, true), bytes, count, reinterpret_cast<uint32_t*>(data_of(output)));
-  } else {
-    unpack_as(scalar, value_of(scale, true), bytes, count, reinterpret_cast<uint16_t*>(data_of(output)));
-  }
+  unpack_into(output, value_of(scale, true), reinterpret_cast<const uint8_t*>(data_of(bits)), count);
   stack[0] = from(output.release());
+}
+
+int64_t count_of(const Dimensions& dimensions) {
+  int64_t count = 1;
+  for (int64_t i = 0; i < dimensions.count; i++) count *= dimensions.sizes[i];
+  return count;
+}
+
+void refresh(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle weight = take_tensor(stack[0]), seen = take_tensor(stack[1]), bits = take_tensor(stack[2]),
+               scale = take_tensor(stack[3]);
+  const Dimensions given(weight), seen_bytes(seen);
+  const int64_t count = count_of(given), bytes = (count + 7) / 8;
+  check_bits(bits, count);
+  expect(given.is_contiguous() && seen_bytes.count == 1 && seen_bytes.is_contiguous() &&
+             seen_bytes.sizes[0] == bytes + 4 && dtype_of(seen) == aoti_torch_dtype_uint8(),
+         "expected a contiguous weight and what was seen of it: uint8 of shape (", bytes + 4, ",)");
+  const float value = value_of(scale, true);
+  const auto* now = reinterpret_cast<const uint8_t*>(data_of(bits));
+  char* before = data_of(seen);
+  if (!std::memcmp(before, now, bytes) && !std::memcmp(before + bytes, &value, 4) && is_intact(weight, value, now, count))
+    return;
+  unpack_into(weight, value, now, count);
+  std::memcpy(before, now, bytes);
+  std::memcpy(before + bytes, &value, 4);
 }
 
 // Of the operators that kernel/operators.py defines, under their names.
@@ -400,6 +455,7 @@ const Operator operators[] = {
     {"sign_product.sparse", &sign_product_sparse<true>},
     {"sign_product.sparse_unchecked", &sign_product_sparse<false>},
     {"unpack", &unpack},
+    {"refresh", &refresh},
 };
 
 void register_operators() {
@@ -412,7 +468,7 @@ void register_operators() {
 }  // namespace pibinn
 
 // Raised with every change of the operators above: Python leaves a shared object that was built before it alone.
-extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 5; }
+extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 6; }
 
 // Implement the operators, once. The name of the path in use, for Python; or an error as its message, which starts with
 // PIBINN_KERNEL where the environment is at fault.
