@@ -4,13 +4,14 @@ It calls torch through its stable C functions, which its sources declare, and no
 version of Python; a C++ compiler is all that the build needs. Without one the package is built without the kernel.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError, CompileError, LinkError
 
 FOLDER = Path("pibinn_plugin/kernel/csrc")
 SOURCES = ("ops", "dispatch", "portable", "avx2", "avx512")
@@ -30,10 +31,6 @@ class BuildKernel(build_ext):
         """Without a tag of Python's: nothing in it is."""
         return f"{fullname.replace('.', '/')}.so"
 
-    def get_export_symbols(self, ext: Extension) -> list[str]:
-        """None: it is no module of Python."""
-        return []
-
     def build_extension(self, ext: Extension) -> None:
         """Build it, or say loudly that it was not, and why."""
         folder = Path(self.build_temp)
@@ -47,8 +44,8 @@ class BuildKernel(build_ext):
             )
             ext.library_dirs.append(str(folder))
             super().build_extension(ext)
-        except BaseError as error:
-            self.announce(WITHOUT.format(error=error), level=5)
+        except (BaseError, CCompilerError, CompileError, LinkError) as error:
+            print(WITHOUT.format(error=error), file=sys.stderr)
 
 
 class Wheel(bdist_wheel):

@@ -29,7 +29,7 @@ from pibinn_plugin.quantizer import GlobalScale, OneBitRule, check_scale
 from pibinn_plugin.structure import BlockDiagonal, Dense
 
 # Multiply-adds of a dense layer up to which the call of the kernel takes longer than torch's product of floats.
-_SMALL = 2**15
+_SMALL = 2**14
 
 
 class UnpackSigns(OneBitRule):

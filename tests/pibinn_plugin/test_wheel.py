@@ -1,4 +1,4 @@
-"""The wheel, built in isolation: one for every Python, with the kernel in it. Minutes long, so run by PIBINN_WHEEL=1."""
+"""The wheel, built in isolation: one for every Python, with the kernel in it. It takes minutes: PIBINN_WHEEL=1."""
 
 import os
 import re
