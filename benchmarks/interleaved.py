@@ -8,8 +8,13 @@ LEAST_ROUNDS = 5
 Function = Callable[[], object]
 
 
-def interleaved(functions: dict[str, Function], seconds: float) -> dict[str, list[float]]:
-    """Seconds of one call, in as many rounds as fit (but not too few), in which every function has its turn."""
+def interleaved(
+    functions: dict[str, Function], seconds: float, clock: Callable[[], float] = time.perf_counter, warm: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of one call, in as many rounds as fit (but not too few), in which every function has its turn.
+
+    With ``warm``, each turn begins with a call that is not timed, so that the caches hold what the function uses.
+    """
     calls = {}
     for name, function in functions.items():
         function()
@@ -20,8 +25,10 @@ def interleaved(functions: dict[str, Function], seconds: float) -> dict[str, lis
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(samples.values()))) < LEAST_ROUNDS:
         for name, function in functions.items():
-            start = time.perf_counter()
+            if warm:
+                function()
+            start = clock()
             for _ in range(calls[name]):
                 function()
-            samples[name].append((time.perf_counter() - start) / calls[name])
+            samples[name].append((clock() - start) / calls[name])
     return samples
