@@ -178,7 +178,8 @@ def stored_size(path: str | Path) -> StoredSize:
         FileNotFoundError: there is no such file.
     """
     header, tensors = _read(path)
-    if not isinstance(header, dict) or not isinstance(header.get("layers"), list):
+    layers = header.get("layers") if isinstance(header, dict) else None
+    if not isinstance(layers, list) or not all(isinstance(layer, list) for layer in layers):
         raise ArtifactError(f"{path} is not a packed file: its header has no layers")
     of_weights = (value for key, value in tensors.items() if key.startswith(("baseline.", "pibinn.")))
     return StoredSize(Path(path).stat().st_size, 8 * sum(value.numel() * value.element_size() for value in of_weights))
