@@ -15,6 +15,13 @@ from pibinn_plugin.packed import keep_unpacked, unpacked_bytes
 from pibinn_plugin.packing import unpack_signs
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """What a test makes the compiler give up on stays with the test."""
+    yield
+    torch._dynamo.reset()
+
+
 class Raw(nn.Module):
     """A raw parameter: its product reads it as a tensor."""
 
