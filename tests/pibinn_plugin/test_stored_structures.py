@@ -128,7 +128,7 @@ def test_two_structures_of_one_shape_stay_apart(tmp_path):
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["pibinn"])
     assert header["structures"] == [len(first.to_bytes()), len(second.to_bytes())]
-    assert [number for _, _, number in header["layers"]] == [0, 1, 0]
+    assert [number for _, _, number, _ in header["layers"]] == [0, 1, 0]
     loaded = load(path, into=network(3))
     assert [weight.structure for weight in packed_weights(loaded)] == list(targets.values())
     assert all(torch.equal(one.weight, other.weight) for one, other in zip(loaded, packed, strict=True))
