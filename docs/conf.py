@@ -1,12 +1,10 @@
 """Sphinx configuration: ``make docs`` builds the pages in ``docs/_build/html``, without warnings."""
 
-import logging
 import os
 import warnings
 from importlib import metadata
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")  # of the packages that the gallery runs; Sphinx has its own
 
 project = "pibinn_plugin"

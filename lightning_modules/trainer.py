@@ -91,7 +91,7 @@ class SolverTrainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
     ) -> list[Mapping[str, float]]:
         """Evaluate a checkpoint on the validation set: ``last``, a path, or None for the model as it is."""
-        return super().validate(model, dataloaders, self._checkpoint(ckpt_path), verbose, datamodule)
+        return super().validate(model, dataloaders, self._whole_checkpoint(ckpt_path), verbose, datamodule)
 
     @override
     def test(  # type: ignore[override]
@@ -114,7 +114,7 @@ class SolverTrainer(pl.Trainer):
             packed: A packed file of the solver, in the place of a checkpoint.
         """
         if packed is None:
-            return super().test(model, dataloaders, self._checkpoint(ckpt_path), verbose, datamodule)
+            return super().test(model, dataloaders, self._whole_checkpoint(ckpt_path), verbose, datamodule)
         if not isinstance(model, SolverModule) or ckpt_path not in ("last", None):
             raise MisconfigurationException("packed= takes a SolverModule, and no checkpoint beside it")
         pb.load(packed, into=model.solver)
@@ -255,11 +255,15 @@ class SolverTrainer(pl.Trainer):
     def _checkpoint(self, path: str | Path | None) -> str | Path | None:
         if path == "last":
             path = self.last_checkpoint
-        if path is not None:
-            if not Path(path).is_file():
-                raise MisconfigurationException(f"there is no checkpoint {path}: run fit first, or give --ckpt_path")
-            read_checkpoint(path)
+        if path is not None and not Path(path).is_file():
+            raise MisconfigurationException(f"there is no checkpoint {path}: run fit first, or give --ckpt_path")
         return path
+
+    def _whole_checkpoint(self, path: str | Path | None) -> str | Path | None:
+        """The path of a checkpoint that Lightning will read itself, and would not say what is wrong with."""
+        if (found := self._checkpoint(path)) is not None:
+            read_checkpoint(found)
+        return found
 
 
 def _writes_to(callback: pl.callbacks.Checkpoint, last: Path) -> bool:

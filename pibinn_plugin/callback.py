@@ -31,14 +31,16 @@ from pibinn_plugin.averaged_networks import (
 from pibinn_plugin.errors import TargetError
 from pibinn_plugin.initialization import Initialization
 from pibinn_plugin.quantizer import initial_scale
-from pibinn_plugin.schemes import schemes_in
 from pibinn_plugin.sharding import part_of, reshard, whole
 from pibinn_plugin.stage_schedule import ORDER, Stage, StageSchedule
 from pibinn_plugin.structure import Structure
 from pibinn_plugin.training_checks import (
+    check_alone,
+    check_checkpoint,
     check_launcher,
     check_optimizers,
     check_prepared,
+    check_scheme_of_state_dict,
     check_sharded,
     check_strategy,
 )
@@ -100,7 +102,7 @@ class TwoStageQAT(Callback):
         self._structures: dict[str, str] = {}
         self._signs_at_epoch_start: list[Tensor] = []
         self._frozen_here: list[OneBitWeight] = []  # trainable when stage 2 began
-        self._latent_versions: list[int] = []
+        self._restored: list[tuple[OneBitWeight, int]] = []  # frozen weights, and how often each latent was written to
         self._load_check: RemovableHandle | None = None
 
     # ------------------------------------------------------------------------------------------------- preparation
@@ -108,7 +110,7 @@ class TwoStageQAT(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_strategy(trainer, pl_module, self.scheme)
-        self._check_alone(trainer)
+        check_alone([each for each in trainer.callbacks if isinstance(each, TwoStageQAT)])  # type: ignore[attr-defined]
         self._let_go()  # a run that failed has had no teardown
         if quantized_weights(pl_module):
             check_prepared(pl_module, self.targets, self.scheme)
@@ -125,15 +127,8 @@ class TwoStageQAT(Callback):
                     weight.thaw()
         follow_run(trainer, pl_module)
         self._structures = {weight.name: weight.structure.to_json() for weight in quantized_weights(pl_module)}
-        check = partial(_check_scheme_of_state_dict, self.scheme)
+        check = partial(check_scheme_of_state_dict, self.scheme)
         self._load_check = pl_module.register_load_state_dict_pre_hook(check)
-
-    def _check_alone(self, trainer: pl.Trainer) -> None:
-        callbacks = [each for each in trainer.callbacks if isinstance(each, TwoStageQAT)]  # type: ignore[attr-defined]
-        if len(callbacks) > 1:
-            raise MisconfigurationException(
-                f"the trainer has {len(callbacks)} TwoStageQAT, and a network has one λ: name the targets of all in one"
-            )
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         try:
@@ -215,7 +210,7 @@ class TwoStageQAT(Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self.stage == Stage.SCALE and self._latent_versions != _versions(pl_module):
+        if any(weight.latent._version != version for weight, version in self._restored):
             self._restore_latents(trainer, pl_module)
 
     @override
@@ -265,11 +260,11 @@ class TwoStageQAT(Callback):
     def _restore_latents(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing reads the latents of frozen signs; but who looks at them, in a checkpoint say, finds those signs."""
         reshard(pl_module)
-        for weight in quantized_weights(pl_module):
-            if weight.is_frozen:
-                weight.restore()
+        frozen = [weight for weight in quantized_weights(pl_module) if weight.is_frozen]
+        for weight in frozen:
+            weight.restore()
         restore_averages(trainer, pl_module)
-        self._latent_versions = _versions(pl_module)
+        self._restored = [(weight, weight.latent._version) for weight in frozen]
 
     @staticmethod
     def _initialize(initialization: Initialization, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -338,18 +333,7 @@ class TwoStageQAT(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         state = checkpoint["callbacks"].get(self.state_key)
-        if state is None:
-            raise _trained_without_callback()
-        if state["scheme"] != self.scheme:
-            raise _other_scheme(state["scheme"], self.scheme)
-        # State dicts refuse other structures too, but FSDP2's way of loading does not look at them.
-        for name in state["structures"].keys() | self._structures.keys():
-            theirs, ours = state["structures"].get(name), self._structures.get(name)
-            if theirs != ours:
-                raise MisconfigurationException(
-                    f"the checkpoint holds {name!r} with the structure {theirs}, this model with {ours}; use the "
-                    f"targets it was trained with"
-                )
+        check_checkpoint(state, self.scheme, self._structures)
         if state["stage"] is not None:
             # Frozen in on_train_start only: until then, optimizers are made and their states loaded.
             self.stage = Stage(state["stage"])
@@ -377,33 +361,7 @@ def _say_whether_warm_up(pl_module: nn.Module) -> None:
         )
 
 
-def _check_scheme_of_state_dict(
-    scheme: str, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
-) -> None:
-    """Before torch lists all keys that are missing and all that are unexpected."""
-    found = schemes_in(state_dict)
-    if not found:
-        raise _trained_without_callback()
-    if scheme not in found:
-        raise _other_scheme(found.pop(), scheme)
-
-
-def _trained_without_callback() -> MisconfigurationException:
-    return MisconfigurationException(
-        "the checkpoint was trained without TwoStageQAT: load its weights in the module and start a new fit"
-    )
-
-
-def _other_scheme(theirs: str, ours: str) -> MisconfigurationException:
-    return MisconfigurationException(f"the checkpoint was trained with scheme={theirs!r}; got scheme={ours!r}")
-
-
 def _signs(weight: OneBitWeight) -> Tensor:
     """Where the signs are +1, in the shape of the latent and on the ranks that hold it."""
     signs = weight.quantizer.signs
     return weight.latent.detach() >= 0 if signs is None else part_of(signs >= 0, weight.latent)
-
-
-def _versions(pl_module: nn.Module) -> list[int]:
-    """How often each latent was written to."""
-    return [weight.latent._version for weight in quantized_weights(pl_module)]

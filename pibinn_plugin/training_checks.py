@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -11,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from pibinn_plugin.schemes import scheme_of
+from pibinn_plugin.schemes import scheme_of, schemes_in
 from pibinn_plugin.sharding import is_sharded
 from pibinn_plugin.targets import Targets
 from pibinn_plugin.weights import global_scale, quantized_weights
@@ -112,3 +114,48 @@ def check_sharded(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             f"{left} are not sharded, and the gradients of parameters that are not are never averaged over the ranks: "
             f"apply fully_shard to the LightningModule itself too, at the end of configure_model"
         )
+
+
+def check_alone(callbacks: Sequence[pl.Callback]) -> None:
+    """Refuse several `TwoStageQAT` of one trainer."""
+    if len(callbacks) > 1:
+        raise MisconfigurationException(
+            f"the trainer has {len(callbacks)} TwoStageQAT, and a network has one λ: name the targets of all in one"
+        )
+
+
+def check_checkpoint(state: Mapping[str, Any] | None, scheme: str, structures: Mapping[str, str]) -> None:
+    """Refuse what a checkpoint says of its training where the scheme or the structures of the weights are others."""
+    if state is None:
+        raise _trained_without_callback()
+    if state["scheme"] != scheme:
+        raise _other_scheme(state["scheme"], scheme)
+    # State dicts refuse other structures too, but FSDP2's way of loading does not look at them.
+    for name in state["structures"].keys() | structures.keys():
+        theirs, ours = state["structures"].get(name), structures.get(name)
+        if theirs != ours:
+            raise MisconfigurationException(
+                f"the checkpoint holds {name!r} with the structure {theirs}, this model with {ours}; use the targets "
+                f"it was trained with"
+            )
+
+
+def check_scheme_of_state_dict(
+    scheme: str, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """Refuse a state dict of another scheme, before torch lists all missing and all unexpected keys."""
+    found = schemes_in(state_dict)
+    if not found:
+        raise _trained_without_callback()
+    if scheme not in found:
+        raise _other_scheme(found.pop(), scheme)
+
+
+def _trained_without_callback() -> MisconfigurationException:
+    return MisconfigurationException(
+        "the checkpoint was trained without TwoStageQAT: load its weights in the module and start a new fit"
+    )
+
+
+def _other_scheme(theirs: str, ours: str) -> MisconfigurationException:
+    return MisconfigurationException(f"the checkpoint was trained with scheme={theirs!r}; got scheme={ours!r}")

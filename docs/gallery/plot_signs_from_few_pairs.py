@@ -30,7 +30,7 @@ for count in pairs:
         found[name].append(fraction)
 
 # %%
-# The box knows |V| ≤ λ, least squares does not.
+# The box knows that no weight is larger than λ, least squares does not.
 
 figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
 for name, fractions in found.items():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_modules.apply.arrays import Progress, check_finite, in_batches
 from lightning_modules.data.files import DataFileError
@@ -41,8 +41,7 @@ def apply_to_vectors(
     if array.ndim not in (1, 2) or array.shape[-1] != size:
         expected = f"({size},) or (vectors, {size})"
         raise DataFileError(source, f"shape {array.shape}", expected, "Put the measurements on the last axis.")
-    _check_magnitude(array, inputs, source)
-    vectors = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).reshape(-1, size)
+    vectors = _measured(array, 1, inputs, source)
     answers = in_batches(network, vectors, _BATCH, progress).numpy().astype(array.dtype)
     return answers if array.ndim == 2 else answers[0]
 
@@ -69,16 +68,17 @@ def apply_to_blocks(
     if array.ndim not in (3, 4) or array.shape[-3] != size:
         expected = f"({size}, rows, columns) or (images, {size}, rows, columns)"
         raise DataFileError(source, f"shape {array.shape}", expected, "Give one position for each block.")
-    _check_magnitude(array, inputs, source)
-    measured = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).reshape(-1, *array.shape[-3:])
+    measured = _measured(array, 3, inputs, source)
     images = in_batches(network, measured, 1, progress).clamp(0, 1)[:, 0].numpy().astype(array.dtype)
     return images if array.ndim == 4 else images[0]
 
 
-def _check_magnitude(array: npt.NDArray[Any], inputs: dict[str, Any], source: Path) -> None:
-    """Thresholds are learned in the units of training: what is far from them is another unit."""
+def _measured(array: npt.NDArray[Any], dimensions: int, inputs: dict[str, Any], source: Path) -> Tensor:
+    """Examples of so many dimensions in float32, one or several, in the units of training: thresholds are in those."""
     check_finite(array, source)
     deviation, known = float(np.std(array.astype(np.float64))), inputs["deviation"]
     if deviation > 0 and not known / _FARTHEST <= deviation <= known * _FARTHEST:
         found = f"measurements of standard deviation {deviation:.3g}"
         raise DataFileError(source, found, f"about {known:.3g}, as in training", "Convert them to its units.")
+    examples = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return examples.reshape(-1, *array.shape[-dimensions:])

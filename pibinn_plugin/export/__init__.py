@@ -37,16 +37,6 @@ __all__ = ["FORMATS", "export"]
 
 FORMATS = ("onnx", "qonnx", "qcdq", "pt2", "aoti", "executorch", "c")
 
-# Suffixes that say more than that there is a file: what else would run it.
-_FORMATS_OF_SUFFIX = {
-    ".onnx": ("onnx", "qonnx", "qcdq"),
-    ".pt2": ("pt2", "aoti"),
-    ".pte": ("executorch",),
-    ".c": ("c",),
-    ".qonnx": ("qonnx",),
-    ".safetensors": (),
-}
-
 _EXTRAS = {"qonnx": "brevitas,export", "qcdq": "brevitas,export", "executorch": "executorch", "c": "export,c"}
 
 
@@ -67,9 +57,9 @@ def export(model: nn.Module, path: str | Path, args: Sequence[Tensor], format: s
         The path.
 
     Raises:
-        ExportError: an unknown format, or a path with the suffix of another one; a network that the format cannot
-            hold; or a file whose outputs differ from the network's by more than 1e-4 of their largest magnitude, on
-            ``args`` or on a second, random batch. There is no new file then.
+        ExportError: an unknown format; a network that the format cannot hold; or a file whose outputs differ from the
+            network's by more than 1e-4 of their largest magnitude, on ``args`` or on a second, random batch. There is
+            no new file then.
         PIBiNNError: the model is neither packed nor prepared.
         ModuleNotFoundError: the format's framework is not installed.
 
@@ -80,11 +70,9 @@ def export(model: nn.Module, path: str | Path, args: Sequence[Tensor], format: s
         'net.pt2'
     """
     framework = format_module(format)
-    path = Path(path)
-    if format not in _FORMATS_OF_SUFFIX.get(path.suffix, FORMATS):
-        raise ExportError(f"{path.name} is the name of another format than {format!r}: name the file otherwise")
     packed = packed_copy(model)
     inputs = checked_inputs(args)
+    path = Path(path)
     # A folder and not another name: archives keep the name that they were written under.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         unchecked = Path(folder) / path.name

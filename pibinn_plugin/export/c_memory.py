@@ -59,17 +59,14 @@ def share_memory(source: str) -> str:
         raise ExportError(f"the C generator wrote what is no call of a node: {left.splitlines()[0].strip()}")
     calls = [set(found[2].split(", ")) for found in CALL.finditer(body)]
     temporaries = [_temporary(found, calls) for found in _DECLARATION.finditer(body)]
+    lengths = {}
     for kind in sorted({each.type for each in temporaries}):
-        _place([each for each in temporaries if each.type == kind])
-    lengths = {kind: max(each.end for each in temporaries if each.type == kind) for kind in _types(temporaries)}
+        _place(alike := [each for each in temporaries if each.type == kind])
+        lengths[kind] = max(each.end for each in alike)
     memory = "".join(f"static {kind} memory_{kind}[{length}];\n" for kind, length in lengths.items())
     pointers = "".join(f"{each.pointer}\n" for each in temporaries)
     function = entry[0].replace(body, pointers + _DECLARATION.sub("", body).lstrip("\n"))
     return source.replace(entry[0], memory + "\n" + function)
-
-
-def _types(temporaries: list[_Temporary]) -> list[str]:
-    return sorted({each.type for each in temporaries})
 
 
 def _temporary(found: re.Match[str], calls: list[set[str]]) -> _Temporary:

@@ -63,12 +63,10 @@ def export_sizes(
     with_float_weights(twin)
     sizes = []
     with tempfile.TemporaryDirectory() as folder:
-        network_path, twin_path = Path(folder) / "network", Path(folder) / "twin.pt2"
+        network_path, twin_path = Path(folder) / "network.pt2", Path(folder) / "twin.pt2"
         save_model(twin, str(twin_path))
         sizes.append(ExportSize("packed", _size(save(packed, network_path)), _size(twin_path)))
         for format in formats:
-            # AOTInductor loads no other name than *.pt2.
-            network_path = Path(folder) / ("network.pt2" if format == "aoti" else f"network.{format}")
             export(packed, network_path, inputs, format)
             format_module(format).write(copy.deepcopy(twin), inputs, twin_path)
             sizes.append(ExportSize(format, _size(network_path), _size(twin_path)))

@@ -150,7 +150,7 @@ FAULTS = [
         "export::test_files_stay_at_one_bit_a_weight",
     ),
     Fault("export/aoti.py", 'if path.suffix != ".pt2":', "if False:", "export::test_aoti_without_a_compiler"),
-    Fault("export/qonnx.py", "[0, *ends[:-1]]", "[0, *ends[1:]]", "export_brevitas"),
+    Fault("export/qonnx_graph.py", "[0, *ends[:-1]]", "[0, *ends[1:]]", "export_brevitas"),
     Fault("export/brevitas_layers.py", "and not has_empty_blocks(target.structure)", "", "export_brevitas"),
     Fault(
         "export/brevitas_layers.py",

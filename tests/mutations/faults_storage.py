@@ -78,30 +78,33 @@ FAULTS = [
     ),
     Fault("storage/packed_file.py", "            _refuse_repeated_names(path)\n", "", "hostile_files"),
     Fault(
-        "storage/packed_file.py",
+        "storage/header.py",
         "json.loads(metadata, object_pairs_hook=unique_members)",
         "json.loads(metadata)",
         "hostile_files",
     ),
-    Fault("storage/packed_file.py", "type(version) is not int or version not in", "version not in", "hostile_files"),
-    Fault("storage/packed_file.py", "_READABLE = (2, 3)", "_READABLE = (3,)", "artifact"),
-    Fault("storage/packed_file.py", "not checked or len({name", "len({name", "artifact"),
     Fault(
-        "storage/packed_file.py",
+        "storage/header.py",
+        "type(version) is not int or version not in READABLE",
+        "version not in READABLE",
+        "hostile_files",
+    ),
+    Fault("storage/header.py", "READABLE = (2, 3, 4)", "READABLE = (3, 4)", "artifact"),
+    Fault("storage/header.py", "not names or len(set(names))", "len(set(names))", "artifact"),
+    Fault(
+        "storage/header.py",
         "type(value) is not int or value < 1",
         "not isinstance(value, int) or value < 1",
         "hostile_files",
     ),
     Fault(
-        "storage/packed_file.py",
+        "storage/header.py",
         "type(value) is not int or value < 1",
         "type(value) is not int",
         "artifact hostile_files",
         harmless="check_shape refuses sizes below 1 too, as an error of the weight",
     ),
-    Fault(
-        "storage/packed_file.py", "    if not isinstance(value, str):\n", "    if False:\n", "artifact hostile_files"
-    ),
+    Fault("storage/header.py", "    if not isinstance(value, str):\n", "    if False:\n", "artifact hostile_files"),
     Fault("storage/packed_file.py", "or scale.shape != (1,)", "", "artifact"),
     Fault("storage/packed_file.py", "scale.dtype not in (torch.float32, torch.float64)", "False", "artifact"),
     Fault(

@@ -81,7 +81,7 @@ FAULTS = [
     Fault("quantizer.py", "        self.enabled = kind != _DISABLED  #", "        pass  #", "workflow"),
     Fault(
         "quantizer.py",
-        "            self.freeze(frozen)\n",
+        "            self.freeze(signs)\n",
         "            pass\n",
         "callback_trainer workflow callback_checkpoints callback_averaging",
     ),

@@ -245,11 +245,3 @@ def test_executorch_of_weak_latents_is_the_network(name, tmp_path):
     pytest.importorskip("executorch")
     model, x = weak_network(name)
     pb.export(model, tmp_path / "net.pte", (x,), "executorch")
-
-
-@pytest.mark.parametrize(("name", "format"), [("net.onnx", "pt2"), ("net.pt2", "onnx"), ("net.safetensors", "onnx")])
-def test_a_name_of_another_format_is_refused(tmp_path, name, format):
-    model = pb.prepare(nn.Linear(8, 4), {"weight": None})
-    with pytest.raises(pb.ExportError, match=f"{name} is the name of another format than '{format}'"):
-        pb.export(model, tmp_path / name, (torch.zeros(2, 8),), format)
-    assert list(tmp_path.iterdir()) == []
