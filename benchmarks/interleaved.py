@@ -13,6 +13,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of one call, in as many rounds as fit (but not too few), in which every function has its turn.
 
+    Every other round goes backwards: a function finds the caches as the one before it left them.
+
     With ``warm``, each turn begins with a call that is not timed, so that the caches hold what the function uses.
     """
     calls = {}
@@ -22,9 +24,11 @@ def interleaved(
         function()
         calls[name] = max(1, int(2e-3 / (time.perf_counter() - start)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    turns = list(functions.items())
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(samples.values()))) < LEAST_ROUNDS:
-        for name, function in functions.items():
+        turns = turns[::-1]
+        for name, function in turns:
             if warm:
                 function()
             start = clock()

@@ -74,15 +74,16 @@ class UnpackSigns(OneBitRule):
     @override
     def ready_value(self, original: Tensor) -> Tensor | None:
         """The unpacked weight, where it is kept or can be from now on; None in graphs, which unpack it themselves."""
-        if torch.compiler.is_compiling():  # or exporting
+        if torch.compiler.is_dynamo_compiling():  # what traces otherwise is noticed by the kept weight
             return None
         kept = self._kept  # once: another thread may drop it
         scale = self._scale[0]._parameters.get("value")
-        if kept is None or not kept.is_of(original, scale):
-            kept = None
-            if self.keeps_weight and scale is not None and can_be_kept(original, scale):
-                kept = KeptWeight(original, scale, lambda: self._unpack(original))
-            self._kept = kept
+        if kept is not None and kept.is_of(original, scale):
+            return kept.weight
+        kept = None
+        if self.keeps_weight and scale is not None and can_be_kept(original, scale):
+            kept = KeptWeight(original, scale, lambda: self._unpack(original))
+        self._kept = kept
         return None if kept is None else kept.weight
 
     def _unpack(self, bits: Tensor) -> Tensor:
@@ -237,7 +238,9 @@ class PackedLinear(_MultipliesBits, nn.Linear):
             chain = self._plain_chain()
             weight = None if chain is None else chain._modules["0"].ready_value(chain._buffers["original"])
             if weight is not None and input.dtype is weight.dtype is torch.float32 and "bias" in self._parameters:
-                return F.linear(input, weight, self._parameters["bias"])
+                bias = self._parameters["bias"]
+                if bias is None or bias.dtype is torch.float32:
+                    return F.linear(input, weight, bias)
         return super().forward(input)
 
 

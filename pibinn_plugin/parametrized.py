@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -61,14 +60,13 @@ class _ReadyValue(property):
         call: Any = injected.fget
 
         def read(module: nn.Module) -> Tensor:
-            if not torch.compiler.is_compiling() and not parametrize._cache_enabled:
-                # Dictionaries: nn.Module looks attributes up in Python, and a parameter is read in a microsecond.
-                chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
-                original = chain._buffers.get("original")
-                if original is not None and len(chain._modules) == 1:
-                    value = chain._modules["0"].ready_value(original)
-                    if value is not None:
-                        return value
+            # Dictionaries: nn.Module looks attributes up in Python, and a parameter is read in a microsecond.
+            chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+            rule, original = chain._modules["0"], chain._buffers.get("original")
+            if original is not None and isinstance(rule, OneBitRule) and len(chain._modules) == 1:
+                value = rule.ready_value(original)
+                if value is not None:
+                    return value
             return call(module)
 
         super().__init__(read, injected.fset)

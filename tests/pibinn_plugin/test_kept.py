@@ -57,6 +57,8 @@ CHANGES = {
     "load, assigned": lambda model: model.load_state_dict(packed_model().state_dict(), assign=True),
     "written to": lambda model: model.matrix.mul_(2),
     "clamped": lambda model: model.matrix.data.clamp_(min=0),
+    "scale exchanged": lambda model: setattr(pb.global_scale(model).value, "data", torch.tensor([0.7])),
+    "weight exchanged": lambda model: setattr(model.matrix, "data", torch.ones(6, 8)),
     "half": lambda model: model.half(),
 }
 
