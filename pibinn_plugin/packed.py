@@ -237,7 +237,7 @@ class PackedLinear(_MultipliesBits, nn.Linear):
         if input.numel() * self.out_features <= _SMALL and not self.int8_activations:
             chain = self._plain_chain()
             weight = None if chain is None else chain._modules["0"].ready_value(chain._buffers["original"])
-            if weight is not None and input.dtype is weight.dtype is torch.float32 and "bias" in self._parameters:
+            if "bias" in self._parameters and weight is not None and input.dtype is weight.dtype is torch.float32:
                 bias = self._parameters["bias"]
                 if bias is None or bias.dtype is torch.float32:
                     return F.linear(input, weight, bias)

@@ -56,6 +56,7 @@ CHANGES = {
     "load": lambda model: model.load_state_dict(packed_model().state_dict()),
     "load, assigned": lambda model: model.load_state_dict(packed_model().state_dict(), assign=True),
     "written to": lambda model: model.matrix.mul_(2),
+    "clamped from above": lambda model: model.matrix.clamp_(max=0),
     "clamped": lambda model: model.matrix.data.clamp_(min=0),
     "scale exchanged": lambda model: setattr(pb.global_scale(model).value, "data", torch.tensor([0.7])),
     "weight exchanged": lambda model: setattr(model.matrix, "data", torch.ones(6, 8)),
@@ -92,12 +93,18 @@ def test_memory_is_counted_and_a_switch_frees_it():
         assert torch.equal(model(torch.ones(1, 8)), output) and unpacked_bytes(model) == 6 * 8 * 4
 
 
+def saved_whole(model):
+    """What ``torch.save`` and ``torch.load`` make of the module itself."""
+    torch.save(model, file := io.BytesIO())
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
 def test_copies_pickles_and_state_dicts_hold_bits_alone():
     torch.manual_seed(0)
     model, other = packed_model(), packed_model()
     with torch.no_grad():
         model.matrix  # noqa: B018 - reading it keeps it
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), saved_whole(model)):
         assert unpacked_bytes(copied) == 0
         with torch.no_grad():
             assert torch.equal(copied.matrix, model.matrix) and copied.matrix is not model.matrix
@@ -107,6 +114,30 @@ def test_copies_pickles_and_state_dicts_hold_bits_alone():
         torch.save(each.state_dict(), file := io.BytesIO())
         sizes.append(len(file.getvalue()))
     assert sizes[0] == sizes[1]
+
+
+def test_a_kept_weight_is_no_parameter_no_buffer_and_in_no_file(tmp_path):
+    model = packed_model()
+    names = [[name for name, _ in found()] for found in (model.named_parameters, model.named_buffers)]
+    pb.save(model, tmp_path / "before.safetensors")
+    with torch.no_grad():
+        model(torch.ones(1, 8))
+    assert unpacked_bytes(model) > 0
+    assert names == [[name for name, _ in found()] for found in (model.named_parameters, model.named_buffers)]
+    pb.save(model, tmp_path / "after.safetensors")
+    assert (tmp_path / "before.safetensors").read_bytes() == (tmp_path / "after.safetensors").read_bytes()
+
+
+def test_training_and_evaluation_by_turns_read_the_same_weight_and_reach_lambda():
+    model, x = packed_model(), torch.randn(3, 8)
+    for _ in range(2):
+        with torch.no_grad():
+            kept = model.eval()(x)
+        model.train()(x).sum().backward()
+        with torch.no_grad():
+            pb.global_scale(model).value -= 0.01 * pb.global_scale(model).value.grad
+            torch.testing.assert_close(model(x), x @ expected(model).T)
+            assert not torch.equal(model(x), kept)
 
 
 def test_where_lambda_has_a_gradient_nothing_is_kept():

@@ -15,85 +15,10 @@ namespace pibinn {
 namespace {
 
 #include "scalars.inc"
+#include "tensors.inc"
+#include "unpack.inc"
 
 constexpr int64_t MOST_INT8_INPUTS = 1 << 24;  // sums of so many stay within 32 bits
-
-struct Delete {
-  void operator()(AtenTensorOpaque* tensor) const { aoti_torch_delete_tensor_object(tensor); }
-};
-using Handle = std::unique_ptr<AtenTensorOpaque, Delete>;
-
-Handle take_tensor(StableIValue value) { return Handle(to<AtenTensorHandle>(value)); }
-
-Handle take_optional_tensor(StableIValue value) {
-  const std::unique_ptr<StableIValue> given(to<StableIValue*>(value));
-  return Handle(given ? to<AtenTensorHandle>(*given) : nullptr);
-}
-
-std::vector<int64_t> take_list(StableIValue value) {
-  const auto list = to<StableListHandle>(value);
-  size_t size;
-  check(torch_list_size(list, &size));
-  std::vector<int64_t> result;
-  for (size_t i = 0; i < size; i++) {
-    StableIValue element;
-    check(torch_list_get_item(list, i, &element));
-    result.push_back(to<int64_t>(element));
-  }
-  check(torch_delete_list(list));
-  return result;
-}
-
-std::string text_of(const char* text) { return text; }
-
-std::string text_of(int64_t number) { return std::to_string(number); }
-
-// No stream makes the message: streams bind to newer versions of the standard library.
-template <typename... Parts>
-void expect(bool condition, const Parts&... message) {
-  if (!condition) throw std::runtime_error(("pibinn: " + ... + text_of(message)));
-}
-
-Handle contiguous(Handle tensor) {
-  StableIValue stack[] = {from(tensor.release()), from(aoti_torch_memory_format_contiguous_format())};
-  check(torch_call_dispatcher("aten::contiguous", "", stack, TORCH_VERSION));
-  return take_tensor(stack[0]);
-}
-
-int32_t dtype_of(const Handle& tensor) {
-  int32_t dtype;
-  check(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
-char* data_of(const Handle& tensor) {
-  void* data;
-  check(aoti_torch_get_data_ptr(tensor.get(), &data));
-  return static_cast<char*>(data);
-}
-
-struct Dimensions {
-  int64_t count;
-  int64_t *sizes, *strides;
-
-  explicit Dimensions(const Handle& tensor) {
-    check(aoti_torch_get_dim(tensor.get(), &count));
-    check(aoti_torch_get_sizes(tensor.get(), &sizes));
-    check(aoti_torch_get_strides(tensor.get(), &strides));
-  }
-
-  bool is_contiguous() const {
-    int64_t expected = 1;
-    for (int64_t i = count - 1; i >= 0; i--) {
-      if (sizes[i] != 1 && strides[i] != expected) return false;
-      expected *= sizes[i];
-    }
-    return true;
-  }
-
-  // Whether the samples lie at one distance from each other, and the elements of each side by side.
-  bool is_rows() const { return is_contiguous() || (count == 2 && strides[1] == 1); }
-};
 
 Scalar scalar_of(int32_t dtype) {
   static const int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(),
@@ -341,45 +266,6 @@ void sign_product_sparse(StableIValue* stack, uint64_t, uint64_t) {
   const bool transposed = to<bool>(stack[4]);
   const SparseRows rows = take_sparse_rows<Checked>(bits, index, stack[3]);
   stack[0] = from(product(std::move(input), bits, nullptr, nullptr, nullptr, rows, transposed, false));
-}
-
-// The values ±λ of so many bits, byte by byte, so that the compiler makes vectors of it on every processor.
-template <typename Pattern>
-void write_signs(const uint8_t* bits, int64_t count, Pattern plus, Pattern minus, Pattern* output) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    for (int j = 0; j < 8; j++) output[i + j] = (bits[i / 8] & (1 << j)) ? plus : minus;
-  for (; i < count; i++) output[i] = (bits[i / 8] >> (i % 8) & 1) ? plus : minus;
-}
-
-// λ and -λ as bit patterns of their dtype: they are only copied.
-template <typename Pattern>
-struct Signs {
-  Pattern patterns[2];
-
-  Signs(Scalar scalar, float scale) {
-    const float values[] = {scale, -scale};
-    write_floats(scalar, values, 2, reinterpret_cast<char*>(patterns), 0);
-  }
-};
-
-template <typename Pattern>
-void unpack_as(Scalar scalar, float scale, const uint8_t* bits, int64_t count, Pattern* output) {
-  const auto [patterns] = Signs<Pattern>(scalar, scale);
-  parallel_for((count + 7) / 8, 1 << 14, [&](int64_t begin, int64_t end) {
-    write_signs(bits + begin, std::min(8 * end, count) - 8 * begin, patterns[0], patterns[1], output + 8 * begin);
-  });
-}
-
-// Whether a weight is what was unpacked into it, as far as some of its elements tell: networks that clamp or normalize
-// the weight that they read write to most of them.
-template <typename Pattern>
-bool is_intact(Scalar scalar, float scale, const uint8_t* bits, int64_t count, const Pattern* weight) {
-  const auto [patterns] = Signs<Pattern>(scalar, scale);
-  const int64_t step = count / 32 + 1;
-  for (int64_t i = 0; i < count; i += step)
-    if (weight[i] != patterns[(bits[i / 8] >> (i % 8) & 1) ^ 1]) return false;
-  return true;
 }
 
 bool is_intact(const Handle& weight, float scale, const uint8_t* bits, int64_t count) {
