@@ -55,7 +55,9 @@ class UnpackSigns(OneBitRule):
 
     @override
     def forward(self, bits: Tensor) -> Tensor:
-        weight = self._refreshed(bits) if torch.compiler.is_compiling() else self.ready_value(bits)
+        weight = self.kept_weight(bits)
+        if weight is None and torch.compiler.is_dynamo_compiling():
+            weight = self._refreshed(bits)
         return self._unpack(bits) if weight is None else weight
 
     def _refreshed(self, bits: Tensor) -> Tensor | None:
@@ -71,18 +73,17 @@ class UnpackSigns(OneBitRule):
         needs_gradient = torch.is_grad_enabled() and scale.requires_grad
         return not needs_gradient and self.dtype in native.DTYPES and native.can_run(scale, bits, scale, None)
 
-    @override
-    def ready_value(self, original: Tensor) -> Tensor | None:
+    def kept_weight(self, bits: Tensor) -> Tensor | None:
         """The unpacked weight, where it is kept or can be from now on; None in graphs, which unpack it themselves."""
         if torch.compiler.is_dynamo_compiling():  # what traces otherwise is noticed by the kept weight
             return None
         kept = self._kept  # once: another thread may drop it
         scale = self._scale[0]._parameters.get("value")
-        if kept is not None and kept.is_of(original, scale):
+        if kept is not None and kept.is_of(bits, scale):
             return kept.weight
         kept = None
-        if self.keeps_weight and scale is not None and can_be_kept(original, scale):
-            kept = KeptWeight(original, scale, lambda: self._unpack(original))
+        if self.keeps_weight and scale is not None and can_be_kept(bits, scale):
+            kept = KeptWeight(bits, scale, lambda: self._unpack(bits))
         self._kept = kept
         return None if kept is None else kept.weight
 
@@ -198,7 +199,7 @@ class _MultipliesBits(nn.Module):
         """Whether a product on bits would unpack them, and a weight that was unpacked before is at hand."""
         rule = self._rule
         can_run = input.dtype != rule.dtype or native.can_run(input, self.bits, rule.scale.value, None)
-        return not can_run and rule.ready_value(self.bits) is not None
+        return not can_run and rule.kept_weight(self.bits) is not None
 
     def _plain_chain(self) -> Any:
         """The parametrization of the weight, where it is its packed signs and nothing else."""
@@ -236,7 +237,7 @@ class PackedLinear(_MultipliesBits, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.numel() * self.out_features <= _SMALL and not self.int8_activations:
             chain = self._plain_chain()
-            weight = None if chain is None else chain._modules["0"].ready_value(chain._buffers["original"])
+            weight = None if chain is None else chain._modules["0"].kept_weight(chain._buffers["original"])
             if "bias" in self._parameters and weight is not None and input.dtype is weight.dtype is torch.float32:
                 bias = self._parameters["bias"]
                 if bias is None or bias.dtype is torch.float32:
@@ -350,7 +351,8 @@ def keep_unpacked(model: nn.Module, enabled: bool = True) -> None:
 def unpacked_bytes(model: nn.Module) -> int:
     """The memory of the unpacked weights that a packed model keeps now; 0 before its first use.
 
-    Beside it there are the bits. `keep_unpacked` has an example.
+    Beside it there are the bits, and a copy of them with which compiled code finds out whether they changed.
+    `keep_unpacked` has an example.
     """
     return sum(module.kept_bytes for module in model.modules() if isinstance(module, UnpackSigns))
 

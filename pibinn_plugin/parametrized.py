@@ -36,7 +36,7 @@ def set_class_before(module: nn.Module, before: type[nn.Module], without: str | 
     members = {key: value for key, value in vars(type(module)).items() if key not in (*_INJECTED, without)}
     for key, value in members.items():
         if type(value) is property:
-            members[key] = _ReadyValue(key, value)
+            members[key] = _PackedWeight(key, value)
     members |= {"__reduce_ex__": _reduce, "register_parameter": _register_parameter}
     module.__class__ = type(f"Parametrized{before.__name__}", (before,), members)
 
@@ -53,21 +53,20 @@ def stop_parametrizing(module: nn.Module, name: str) -> None:
         module.__class__ = before
 
 
-class _ReadyValue(property):
-    """The property that torch injected, which calls the parametrizations; not called where the value is at hand."""
+class _PackedWeight(property):
+    """The property that torch injected, which calls the parametrizations one by one: packed bits are read without that.
+
+    Written with dictionaries, since nn.Module looks attributes up in Python, and a parameter is read in a microsecond.
+    """
 
     def __init__(self, name: str, injected: property) -> None:
         call: Any = injected.fget
 
         def read(module: nn.Module) -> Tensor:
-            # Dictionaries: nn.Module looks attributes up in Python, and a parameter is read in a microsecond.
             chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
-            rule, original = chain._modules["0"], chain._buffers.get("original")
-            if original is not None and isinstance(rule, OneBitRule) and len(chain._modules) == 1:
-                value = rule.ready_value(original)
-                if value is not None:
-                    return value
-            return call(module)
+            rule, bits = chain._modules["0"], chain._buffers.get("original")
+            is_packed = bits is not None and isinstance(rule, OneBitRule) and len(chain._modules) == 1
+            return rule.forward(bits) if is_packed and not parametrize._cache_enabled else call(module)
 
         super().__init__(read, injected.fset)
 

@@ -200,10 +200,6 @@ class OneBitRule(StructureInStateDict, nn.Module):
         """The network's λ."""
         return self._scale[0]
 
-    def ready_value(self, original: Tensor) -> Tensor | None:
-        """What ``forward`` would return for this tensor, where that is at hand; None elsewhere."""
-        return None
-
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The tensor itself while torch registers this as a parametrization; torch also calls it for an assignment.
 

@@ -60,6 +60,7 @@ CHANGES = {
     "clamped": lambda model: model.matrix.data.clamp_(min=0),
     "scale exchanged": lambda model: setattr(pb.global_scale(model).value, "data", torch.tensor([0.7])),
     "weight exchanged": lambda model: setattr(model.matrix, "data", torch.ones(6, 8)),
+    "storage given back": lambda model: model.matrix.untyped_storage().resize_(0),
     "half": lambda model: model.half(),
 }
 
