@@ -9,7 +9,7 @@ KERNEL_TESTS := $(addprefix tests/pibinn_plugin/test_,kernel_values.py kernel_th
 OTHER_PATHS := from pibinn_plugin.functional import kernel; \
 	paths = ["avx512", "avx2", "portable", "torch"]; print(*paths[paths.index(kernel()) + 1 :])
 
-.PHONY: demo test test-paths lint types docs clean
+.PHONY: demo test test-paths lint types docs wheel clean
 
 demo: $(ENVIRONMENT)
 	.venv/bin/python -m lightning_modules.demo
@@ -33,6 +33,11 @@ types: $(ENVIRONMENT)
 # In docs/_build/html; a warning is an error.
 docs: $(ENVIRONMENT)
 	.venv/bin/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
+
+# For every Python 3 and every torch from 2.11 on; needs a C++ compiler and no torch. The tag is a promise about the
+# symbols of the shared object, which tests/pibinn_plugin/test_wheel.py holds it to.
+wheel: $(ENVIRONMENT)
+	.venv/bin/pip wheel --no-deps -w dist --config-settings=--build-option=--plat-name=manylinux_2_28_$(shell uname -m) .
 
 # torch comes first, by exact version: asked for as a range, pip would look for the newest build, which on Linux brings
 # several gigabytes of CUDA libraries. The project is built without isolation for the same reason.

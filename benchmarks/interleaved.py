@@ -8,8 +8,15 @@ LEAST_ROUNDS = 5
 Function = Callable[[], object]
 
 
-def interleaved(functions: dict[str, Function], seconds: float) -> dict[str, list[float]]:
-    """Seconds of one call, in as many rounds as fit (but not too few), in which every function has its turn."""
+def interleaved(
+    functions: dict[str, Function], seconds: float, clock: Callable[[], float] = time.perf_counter, warm: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of one call, in as many rounds as fit (but not too few), in which every function has its turn.
+
+    Every other round goes backwards: a function finds the caches as the one before it left them.
+
+    With ``warm``, each turn begins with a call that is not timed, so that the caches hold what the function uses.
+    """
     calls = {}
     for name, function in functions.items():
         function()
@@ -17,11 +24,15 @@ def interleaved(functions: dict[str, Function], seconds: float) -> dict[str, lis
         function()
         calls[name] = max(1, int(2e-3 / (time.perf_counter() - start)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    turns = list(functions.items())
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(samples.values()))) < LEAST_ROUNDS:
-        for name, function in functions.items():
-            start = time.perf_counter()
+        turns = turns[::-1]
+        for name, function in turns:
+            if warm:
+                function()
+            start = clock()
             for _ in range(calls[name]):
                 function()
-            samples[name].append((time.perf_counter() - start) / calls[name])
+            samples[name].append((clock() - start) / calls[name])
     return samples

@@ -1,5 +1,8 @@
 """``python -m lightning_modules``."""
 
-from lightning_modules.cli import main
+try:
+    from lightning_modules.cli import main
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: the command line needs {error.name}: pip install pibinn-plugin[lightning]") from error
 
 main()

@@ -65,4 +65,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'pibinn_plugin' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"pibinn_plugin.{_LAZY[name]}"), name)
+    try:
+        module = importlib.import_module(f"pibinn_plugin.{_LAZY[name]}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"pibinn_plugin.{name} needs {error.name}: pip install pibinn-plugin[lightning]", name=error.name
+        ) from error
+    return getattr(module, name)

@@ -1,8 +1,9 @@
-"""The packed form of any module: bits in the place of a weight, unpacked whenever the weight is read.
+"""The packed form of any module: bits in the place of a weight, unpacked when the weight is read.
 
 The module stays the object that it was, with its class, attributes and hooks; ``module.weight`` is still W. That is all
 a packed network needs. `multiply_bits` is put on last, where a layer is exactly a stock one: it then multiplies its
-bits as they are, the same values faster.
+bits as they are, the same values faster. Weights that are read (convolutions, raw parameters) are kept unpacked for
+inference, see `keep_unpacked`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.functional import packed_linear, packed_linear_adjoint, packed_linear_int8
+from pibinn_plugin.kept import KeptWeight, can_be_kept
 from pibinn_plugin.kernel import native
 from pibinn_plugin.kernel.native import Layout
 from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.parametrized import parametrize_by, set_class_before
 from pibinn_plugin.quantizer import GlobalScale, OneBitRule, check_scale
-from pibinn_plugin.structure import BlockDiagonal
+from pibinn_plugin.structure import BlockDiagonal, Dense
+
+# Multiply-adds of a dense layer up to which the call of the kernel takes longer than torch's product of floats.
+_SMALL = 2**14
 
 
 class UnpackSigns(OneBitRule):
@@ -44,13 +50,70 @@ class UnpackSigns(OneBitRule):
         if scale.value.device.type != "meta":
             check_scale(scale().item(), dtype)
         self.dtype = dtype
+        self.keeps_weight = True
+        self._kept: KeptWeight | None = None
 
     @override
     def forward(self, bits: Tensor) -> Tensor:
+        weight = self.kept_weight(bits)
+        if weight is None and torch.compiler.is_dynamo_compiling():
+            weight = self._refreshed(bits)
+        return self._unpack(bits) if weight is None else weight
+
+    def _refreshed(self, bits: Tensor) -> Tensor | None:
+        """In compiled code: the weight that was unpacked before, brought up to date by an operator of the graph."""
+        kept, scale = self._kept, self.scale.value
+        is_whole = self.compact or isinstance(self.structure, Dense)
+        if kept is None or not is_whole or self.dtype != kept.weight.dtype or not self._can_unpack(bits, scale):
+            return None
+        native.refresh(kept.weight, kept.seen, bits, scale)
+        return kept.weight
+
+    def _can_unpack(self, bits: Tensor, scale: Tensor) -> bool:
+        needs_gradient = torch.is_grad_enabled() and scale.requires_grad
+        return not needs_gradient and self.dtype in native.DTYPES and native.can_run(scale, bits, scale, None)
+
+    def kept_weight(self, bits: Tensor) -> Tensor | None:
+        """The unpacked weight, where it is kept or can be from now on; None in graphs, which unpack it themselves."""
+        if torch.compiler.is_dynamo_compiling():  # what traces otherwise is noticed by the kept weight
+            return None
+        kept = self._kept  # once: another thread may drop it
+        scale = self._scale[0]._parameters.get("value")
+        if kept is not None and kept.is_of(bits, scale):
+            return kept.weight
+        kept = None
+        if self.keeps_weight and scale is not None and can_be_kept(bits, scale):
+            kept = KeptWeight(bits, scale, lambda: self._unpack(bits))
+        self._kept = kept
+        return None if kept is None else kept.weight
+
+    def _unpack(self, bits: Tensor) -> Tensor:
+        scale = self.scale.value
+        if self._can_unpack(bits, scale):
+            packed = PackedSigns(bits, self.structure, self.shape)
+            values = native.unpack(bits, scale, packed.nnz, self.dtype)
+            return values if self.compact else self.structure.to_dense(values, self.shape)
         return PackedSigns(bits, self.structure, self.shape).weight(self.scale(), self.compact, self.dtype)
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory of the unpacked weight that is kept now."""
+        kept = self._kept
+        return 0 if kept is None else kept.weight.nbytes
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles unpack their weights anew."""
+        return {**vars(self), "_kept": None}
+
+    @override
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnpackSigns:
+        self._kept = None
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.value.device)).dtype
         return self
@@ -61,6 +124,7 @@ def read_from_bits(module: nn.Module, name: str, unpack: UnpackSigns, bits: Tens
 
     Where the parameter is parametrized already, its later parametrizations stay on top.
     """
+    native.warn_without_kernel()
     if parametrize.is_parametrized(module, name):
         # Not remove_parametrizations: it edits the class, which a deepcopy shares with the model it was copied from.
         chain: Any = module.parametrizations[name]  # type: ignore[index]
@@ -108,6 +172,8 @@ class _MultipliesBits(nn.Module):
             output = self._fused(chain, input, self._layout, self._parameters["bias"], False)
             if output is not None:
                 return output
+        if self._has_no_kernel(input):
+            return super().forward(input)
         return self._product(packed_linear, input, bias)
 
     def adjoint(self, input: Tensor) -> Tensor:
@@ -128,6 +194,12 @@ class _MultipliesBits(nn.Module):
         can_run = native.can_run(input, self.bits, rule.scale.value, None)
         has_layout = native.layout_of(rule.structure, rule.shape) is not None
         return self._plain_chain() is not None and can_run and has_layout
+
+    def _has_no_kernel(self, input: Tensor) -> bool:
+        """Whether a product on bits would unpack them, and a weight that was unpacked before is at hand."""
+        rule = self._rule
+        can_run = input.dtype != rule.dtype or native.can_run(input, self.bits, rule.scale.value, None)
+        return not can_run and rule.kept_weight(self.bits) is not None
 
     def _plain_chain(self) -> Any:
         """The parametrization of the weight, where it is its packed signs and nothing else."""
@@ -160,6 +232,17 @@ class _MultipliesBits(nn.Module):
 
 class PackedLinear(_MultipliesBits, nn.Linear):
     """``nn.Linear`` on packed signs: ``y = λ (S ⊙ M) x + b``, input ``(..., columns)``, output ``(..., rows)``."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() * self.out_features <= _SMALL and not self.int8_activations:
+            chain = self._plain_chain()
+            weight = None if chain is None else chain._modules["0"].kept_weight(chain._buffers["original"])
+            if "bias" in self._parameters and weight is not None and input.dtype is weight.dtype is torch.float32:
+                bias = self._parameters["bias"]
+                if bias is None or bias.dtype is torch.float32:
+                    return F.linear(input, weight, bias)
+        return super().forward(input)
 
 
 class PackedCompactLinear(_MultipliesBits, CompactLinear):
@@ -231,6 +314,47 @@ def use_int8_activations(model: nn.Module, enabled: bool = True) -> None:
         raise PIBiNNError("the model has no PackedLinear, which alone has int8 activations; did you convert it?")
     for layer in layers:
         layer.int8_activations = enabled
+
+
+def keep_unpacked(model: nn.Module, enabled: bool = True) -> None:
+    """Have a packed model keep the weights that it unpacks, as it does unless told otherwise, or stop keeping them.
+
+    For inference: a weight that is read as a tensor (of a convolution, a raw parameter, whatever multiplies by
+    ``module.weight`` itself) is unpacked at its first use and kept until its bits or λ are written to, replaced or
+    moved. It takes the memory of the float weight; `unpacked_bytes` counts it. Without, it is unpacked at each use.
+    Linear layers multiply their bits and keep nothing, except for small products and where there is no kernel. State
+    dicts, files, copies and exports hold bits only.
+
+    A write that torch does not count, to ``bits.data`` or through numpy, is not seen: call this again after it, which
+    drops what was kept.
+
+    Args:
+        model: what ``convert`` or ``load`` returned; changed in place.
+        enabled: False drops the weights that are kept and keeps no more.
+
+    Example:
+        >>> import pibinn_plugin as pb
+        >>> model = pb.convert(pb.prepare(nn.Sequential(nn.Conv1d(2, 4, 3)), {"0.weight": None}))
+        >>> with torch.no_grad():
+        ...     output = model(torch.randn(1, 2, 16))
+        >>> unpacked_bytes(model)
+        96
+        >>> keep_unpacked(model, False)
+        >>> unpacked_bytes(model)
+        0
+    """
+    for module in model.modules():
+        if isinstance(module, UnpackSigns):
+            module.keeps_weight, module._kept = enabled, None
+
+
+def unpacked_bytes(model: nn.Module) -> int:
+    """The memory of the unpacked weights that a packed model keeps now; 0 before its first use.
+
+    Beside it there are the bits, and a copy of them with which compiled code finds out whether they changed.
+    `keep_unpacked` has an example.
+    """
+    return sum(module.kept_bytes for module in model.modules() if isinstance(module, UnpackSigns))
 
 
 def packed_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, UnpackSigns]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pibinn_plugin.quantizer import OneBitRule
@@ -33,8 +33,10 @@ def parametrize_by(module: nn.Module, name: str, parametrization: OneBitRule, un
 
 def set_class_before(module: nn.Module, before: type[nn.Module], without: str | None = None) -> None:
     """Give a parametrized module another class below the one that was injected, in place; ``without`` a property."""
-    injected = type(module)
-    members = {key: value for key, value in vars(injected).items() if key not in (*_INJECTED, without)}
+    members = {key: value for key, value in vars(type(module)).items() if key not in (*_INJECTED, without)}
+    for key, value in members.items():
+        if type(value) is property:
+            members[key] = _PackedWeight(key, value)
     members |= {"__reduce_ex__": _reduce, "register_parameter": _register_parameter}
     module.__class__ = type(f"Parametrized{before.__name__}", (before,), members)
 
@@ -49,6 +51,24 @@ def stop_parametrizing(module: nn.Module, name: str) -> None:
     else:
         del module.parametrizations
         module.__class__ = before
+
+
+class _PackedWeight(property):
+    """The property that torch injected, which calls the parametrizations one by one: packed bits are read without that.
+
+    Written with dictionaries, since nn.Module looks attributes up in Python, and a parameter is read in a microsecond.
+    """
+
+    def __init__(self, name: str, injected: property) -> None:
+        call: Any = injected.fget
+
+        def read(module: nn.Module) -> Tensor:
+            chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+            rule, bits = chain._modules["0"], chain._buffers.get("original")
+            is_packed = bits is not None and isinstance(rule, OneBitRule) and len(chain._modules) == 1
+            return rule.forward(bits) if is_packed and not parametrize._cache_enabled else call(module)
+
+        super().__init__(read, injected.fset)
 
 
 def _register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:

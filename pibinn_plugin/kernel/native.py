@@ -1,21 +1,10 @@
-"""The native kernel of `functional.packed_linear`: loading it, asking which path runs, and what torch must know of it.
-
-It is an optional shared object, ``_kernel``, built from ``csrc/`` where there is a compiler. Its operators, in the
-namespace ``pibinn``, take signs as they are stored, in blocks or placed by the index of `sparse_rows`, on a CPU, and
-activations of 32 or 16 bits: ``packed_linear``, with λ and bias and without gradients, ``packed_linear_int8``, the same
-for blocks with int8 activations, and ``sign_product``, linear and differentiable.
-
-The environment variable ``PIBINN_KERNEL`` (``torch``, ``portable``, ``avx2``, ``avx512``) forces a path.
-"""
+"""Products by a backend of the operators (`operators`): when one can run, and how it is to read the signs."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Sequence
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
-from typing import Any, cast
+import warnings
+from functools import cache
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad
@@ -23,7 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from pibinn_plugin.errors import PIBiNNError
+from pibinn_plugin.kernel import cpu
+from pibinn_plugin.kernel.operators import FUSED, INT8, PRODUCT, REFRESH, UNPACK
 from pibinn_plugin.structure import BlockDiagonal, Dense, Shape, Structure, matrix_shape
 from pibinn_plugin.structure.base import constant
 from pibinn_plugin.structure.sparse_rows import sparse_rows
@@ -32,8 +22,6 @@ from pibinn_plugin.structure.sparse_rows import sparse_rows
 Blocks = tuple[int, int] | tuple[tuple[int, ...], tuple[int, ...]]
 # The same, or the index of `sparse_rows` and the shape of the matrix.
 Layout = Blocks | tuple[Tensor, tuple[int, int]]
-
-_INTERFACE = 4  # of the shared object; raised with every change of its operators
 
 # Not a tensor subclass with products of its own. The latter two stand for tensors while a torchao weight is compiled.
 _KINDS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
@@ -51,32 +39,15 @@ def kernel() -> str:
     return _KERNEL
 
 
-def _load() -> str:
-    """Load the shared object; returns the name of the path in use. Raises as importing the package does."""
-    forced = os.environ.get("PIBINN_KERNEL", "")
-    if forced not in ("", "torch", "portable", "avx2", "avx512"):
-        raise PIBiNNError(f"PIBINN_KERNEL={forced!r}: expected torch, portable, avx2 or avx512")
-    path = Path(__file__).with_name(f"_kernel{EXTENSION_SUFFIXES[0]}")
-    if forced == "torch" or not path.exists():
-        return _plain(forced, f"it was not built: there is no {path.name} (install with a C++ compiler)")
-    try:
-        torch.ops.load_library(path)
-        library = ctypes.CDLL(str(path))
-    except OSError as error:  # built against a torch that is no longer there
-        return _plain(forced, str(error))
-    if getattr(library, "pibinn_interface", lambda: None)() != _INTERFACE:
-        return _plain(forced, f"{path.name} was built from other sources: install this package again")
-    library.pibinn_kernel.restype = ctypes.c_char_p
-    name = library.pibinn_kernel().decode()
-    if name.startswith("PIBINN_KERNEL"):
-        raise PIBiNNError(name)
-    return name
-
-
-def _plain(forced: str, reason: str) -> str:
-    if forced not in ("", "torch"):
-        raise PIBiNNError(f"PIBINN_KERNEL={forced!r}, but the native kernel cannot be used: {reason}")
-    return "torch"
+@cache
+def warn_without_kernel() -> None:
+    """Say once, at the first use, that plain torch runs although this machine could do better, and why."""
+    if _REASON:
+        warnings.warn(
+            f"packed weights run in plain torch, which is slower: the native kernel cannot be used, {_REASON}; install "
+            "pibinn_plugin again where there is a C++20 compiler, or set PIBINN_KERNEL=torch to have it so",
+            stacklevel=2,
+        )
 
 
 def blocks_of(structure: Structure, shape: Shape) -> Blocks | None:
@@ -164,77 +135,14 @@ def packed_linear_int8(
     return INT8[type(rows)](input, bits, scale, activation_scales, rows, columns, bias)
 
 
-def _register() -> None:
-    """What traces, compiles and differentiates: the shapes of results, and the gradient, which is the transpose."""
-    for name in ("", ".uneven", ".sparse", ".sparse_unchecked"):
-        torch.library.register_fake(f"pibinn::packed_linear{name}", _fake_packed_linear)
-        torch.library.register_fake(f"pibinn::sign_product{name}", _fake_sign_product)
-        torch.library.register_autograd(f"pibinn::sign_product{name}", _backward, setup_context=_save)
-    for name in ("", ".uneven"):
-        torch.library.register_fake(f"pibinn::packed_linear_int8{name}", _fake_packed_linear_int8)
+def unpack(bits: Tensor, scale: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """``±λ`` for the first ``count`` bits, with the λ that `GlobalScale` makes of its parameter; without a gradient."""
+    return UNPACK(bits, scale, count, dtype)
 
 
-def _fake_packed_linear(
-    input: Tensor,
-    bits: Tensor,
-    scale: Tensor,
-    rows: int | Sequence[int] | Tensor,
-    columns: int | Sequence[int],
-    bias: Tensor | None = None,
-    transposed: bool = False,
-    signed_scale: bool = False,
-) -> Tensor:
-    return _fake_sign_product(input, bits, rows, columns, transposed)
+def refresh(weight: Tensor, seen: Tensor, bits: Tensor, scale: Tensor) -> None:
+    """Write ``±λ`` into a weight, if bits or λ are not what was seen when that was done last."""
+    REFRESH(weight, seen, bits, scale)
 
 
-def _fake_packed_linear_int8(
-    input: Tensor,
-    bits: Tensor,
-    scale: Tensor,
-    activation_scales: Tensor,
-    rows: int | Sequence[int],
-    columns: int | Sequence[int],
-    bias: Tensor | None = None,
-) -> Tensor:
-    return _fake_sign_product(input, bits, rows, columns)
-
-
-def _fake_sign_product(
-    input: Tensor,
-    bits: Tensor,
-    rows: int | Sequence[int] | Tensor,
-    columns: int | Sequence[int],
-    transposed: bool = False,
-) -> Tensor:
-    inputs, outputs = (rows, columns) if transposed else (columns, rows)
-    if isinstance(rows, Tensor):
-        features = cast(Sequence[int], columns)[int(transposed)]
-    elif isinstance(inputs, int) and isinstance(outputs, int):
-        features = input.shape[-1] // inputs * outputs
-    else:
-        features = sum(cast(Sequence[int], outputs))
-    return input.new_empty((*input.shape[:-1], features))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.bits, ctx.rows, ctx.columns, ctx.transposed = inputs
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-    product = PRODUCT[int if isinstance(ctx.rows, int) else Tensor if isinstance(ctx.rows, Tensor) else tuple]
-    return product(gradient, ctx.bits, ctx.rows, ctx.columns, not ctx.transposed), None, None, None, None
-
-
-_KERNEL = _load()
-# The operators for equal blocks, for uneven ones and for an index, by the type of what is first in a `Layout`. An index
-# of `sparse_rows` needs no check; ``sparse``, for an index of anybody's, looks at all of its numbers in each call.
-FUSED: dict[type, Any] = {}
-INT8: dict[type, Any] = {}
-PRODUCT: dict[type, Any] = {}
-if _KERNEL != "torch":
-    _register()
-    FUSED |= {int: torch.ops.pibinn.packed_linear.default, tuple: torch.ops.pibinn.packed_linear.uneven}
-    FUSED[Tensor] = torch.ops.pibinn.packed_linear.sparse_unchecked
-    INT8 |= {int: torch.ops.pibinn.packed_linear_int8.default, tuple: torch.ops.pibinn.packed_linear_int8.uneven}
-    PRODUCT |= {int: torch.ops.pibinn.sign_product.default, tuple: torch.ops.pibinn.sign_product.uneven}
-    PRODUCT[Tensor] = torch.ops.pibinn.sign_product.sparse_unchecked
+_KERNEL, _REASON = cpu.load()

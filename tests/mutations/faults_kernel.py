@@ -21,14 +21,14 @@ FAULTS = [
     Fault("kernel/native.py", "        and torch._C._get_tracing_state() is None\n", "", "can_run"),
     Fault("kernel/native.py", "        and not torch._C._are_functorch_transforms_active()\n", "", "can_run"),
     Fault(
-        "kernel/native.py",
-        'not in ("", "torch", "portable", "avx2", "avx512")',
-        'not in ("", "torch", "portable", "avx2", "avx512", "sse")',
+        "kernel/cpu.py",
+        '_PATHS = ("torch", "portable", "avx2", "avx512")',
+        '_PATHS = ("torch", "portable", "avx2", "avx512", "sse")',
         "native_kernel::test_forced_paths",
         harmless="the shared object refuses names that it does not know, with the same error",
     ),
-    Fault("kernel/native.py", "!= _INTERFACE:", "== -1:", "native_kernel"),
-    Fault("kernel/native.py", 'if forced not in ("", "torch"):', "if False:", "native_kernel"),
+    Fault("kernel/cpu.py", "!= _INTERFACE:", "== -1:", "native_kernel"),
+    Fault("kernel/cpu.py", "if reason and forced:", "if False:", "native_kernel"),
     Fault(
         "kernel/native.py",
         "bias, transposed, True)",
@@ -42,7 +42,7 @@ FAULTS = [
         "native_kernel functional",
     ),
     Fault(
-        "kernel/native.py",
+        "kernel/operators.py",
         "ctx.columns, not ctx.transposed)",
         "ctx.columns, ctx.transposed)",
         "functional native_kernel",
@@ -54,7 +54,7 @@ FAULTS = [
         "functional",
     ),
     Fault(
-        "kernel/native.py",
+        "kernel/operators.py",
         "features = input.shape[-1] // inputs * outputs",
         "features = input.shape[-1] // outputs * inputs",
         "native_kernel",

@@ -71,3 +71,30 @@ def test_public_names_exist():
         "import pibinn_plugin as pb\nfor name in pb.__all__:\n    getattr(pb, name)\nprint(hasattr(pb, 'nope'))"
     )
     assert result.stdout == "False\n"
+
+
+def without(framework, statement):
+    """The error of a statement where a framework is not installed."""
+    code = f"import sys\nsys.modules[{framework!r}] = None\n{statement}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("framework", "extra", "statement"),
+    [
+        ("pytorch_lightning", "lightning", "import pibinn_plugin; pibinn_plugin.TwoStageQAT"),
+        ("lightning_utilities", "lightning", "import pibinn_plugin; pibinn_plugin.TwoStageQAT"),
+        ("jsonargparse", "lightning", "import runpy; runpy.run_module('lightning_modules', run_name='__main__')"),
+        ("torchao", "torchao", "import pibinn_plugin.schemes as s; s.scheme_of('torchao')"),
+        ("brevitas", "brevitas", "import pibinn_plugin.schemes as s; s.scheme_of('brevitas')"),
+        (
+            "onnx",
+            "export",
+            "import torch, pibinn_plugin as pb; l = torch.nn.Linear(2, 2); "
+            "pb.export(pb.convert(pb.prepare(l, {'weight': None})), '/tmp/none.onnx', (torch.ones(1, 2),), 'onnx')",
+        ),
+    ],
+)
+def test_what_lacks_an_extra_says_which(framework, extra, statement):
+    error = without(framework, statement)
+    assert framework in error and f"pip install pibinn-plugin[{extra}]" in error

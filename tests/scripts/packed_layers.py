@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import pibinn_plugin as pb
-from pibinn_plugin.packed import UnpackSigns, multiply_bits, read_from_bits
+from pibinn_plugin.packed import UnpackSigns, keep_unpacked, multiply_bits, read_from_bits
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale
 
@@ -18,11 +18,12 @@ OTHERS = [(pb.Banded(1, 2), (4, 6)), (pb.Mask([[1, 0, 1], [0, 1, 1]]), (2, 3))]
 
 
 def packed_layer(structure, shape, bias=True):
-    """A layer of random signs, with λ = 0.5."""
+    """A layer of random signs, with λ = 0.5, which multiplies its bits however small it is."""
     packed = PackedSigns.pack(torch.randn(shape), structure, shape)
     layer = nn.Linear(shape[1], shape[0], bias)
     if bias:
         nn.init.normal_(layer.bias)
     read_from_bits(layer, "weight", UnpackSigns(GlobalScale(0.5), packed, False, torch.float32), packed.bits)
     multiply_bits(layer)
+    keep_unpacked(layer, False)
     return layer

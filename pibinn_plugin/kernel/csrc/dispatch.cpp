@@ -1,12 +1,11 @@
 #include "dispatch.h"
+#include "torch_abi.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
-
-#include <torch/csrc/stable/ops.h>
 
 namespace pibinn {
 namespace {
@@ -108,7 +107,7 @@ void run_parts(int64_t count, int64_t threads, int64_t scratch_bytes, const Func
   if (threads == 1) {
     run(0, count);
   } else {
-    torch::stable::parallel_for(0, count, 1, run);
+    parallel_for(count, 1, run);
   }
 }
 
@@ -118,7 +117,6 @@ const Path* chosen_path() {
   static const Path* const path = []() -> const Path* {
     const char* variable = std::getenv("PIBINN_KERNEL");
     const std::string name = variable ? variable : "";
-    if (name == "torch") return nullptr;
     for (const Path* candidate : paths) {
       if (name.empty() ? is_supported(*candidate) : name == candidate->name) {
         if (!is_supported(*candidate))
@@ -158,7 +156,7 @@ void compute(const Path& path, const Problem& problem, const std::vector<Block>&
     products += block.rows * block.columns * problem.samples;
     most_inputs = std::max(most_inputs, block.inputs(problem.transposed));
   }
-  const int64_t threads = products < SERIAL_PRODUCTS ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = products < SERIAL_PRODUCTS ? 1 : get_num_threads();
   const Division division = divide(path, problem, blocks, threads);
   const int64_t bytes = path.scratch_bytes(most_inputs);
 
@@ -176,7 +174,7 @@ void compute(const Path& path, const Problem& problem, const std::vector<Block>&
 
 void compute(const Path& path, const Problem& problem, const SparseRows& rows) {
   const int64_t products = rows.starts[rows.row_count] * problem.samples;
-  const int64_t threads = products < SERIAL_PRODUCTS ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = products < SERIAL_PRODUCTS ? 1 : get_num_threads();
   const std::vector<SparsePart> parts = divide_sparse(problem, rows, threads);
   run_parts(parts.size(), threads, path.sparse_scratch_bytes(rows, problem.transposed),
             [&](int64_t i, char* scratch) { path.compute_sparse(problem, rows, parts[i], scratch); });

@@ -1,95 +1,38 @@
 // The torch operators, through the stable ABI: one shared object for every torch from 2.11 on.
 
 #include "dispatch.h"
+#include "torch_abi.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 namespace pibinn {
 namespace {
 
 #include "scalars.inc"
-
-namespace stable = torch::stable;
-using stable::detail::to;
+#include "tensors.inc"
+#include "unpack.inc"
 
 constexpr int64_t MOST_INT8_INPUTS = 1 << 24;  // sums of so many stay within 32 bits
-
-struct Delete {
-  void operator()(AtenTensorOpaque* tensor) const { aoti_torch_delete_tensor_object(tensor); }
-};
-// Handles and not stable::Tensor, whose shared ownership costs an allocation a tensor: a small product takes 1 µs.
-using Handle = std::unique_ptr<AtenTensorOpaque, Delete>;
-
-Handle take_tensor(StableIValue value) { return Handle(to<AtenTensorHandle>(value)); }
-
-Handle take_optional_tensor(StableIValue value) {
-  const auto tensor = to<std::optional<AtenTensorHandle>>(value);
-  return Handle(tensor ? *tensor : nullptr);
-}
-
-void check(AOTITorchError error) { STABLE_TORCH_ERROR_CODE_CHECK(error); }
-
-int32_t dtype_of(const Handle& tensor) {
-  int32_t dtype;
-  check(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
-char* data_of(const Handle& tensor) {
-  void* data;
-  check(aoti_torch_get_data_ptr(tensor.get(), &data));
-  return static_cast<char*>(data);
-}
-
-struct Dimensions {
-  int64_t count;
-  int64_t *sizes, *strides;
-
-  explicit Dimensions(const Handle& tensor) {
-    check(aoti_torch_get_dim(tensor.get(), &count));
-    check(aoti_torch_get_sizes(tensor.get(), &sizes));
-    check(aoti_torch_get_strides(tensor.get(), &strides));
-  }
-
-  bool is_contiguous() const {
-    int64_t expected = 1;
-    for (int64_t i = count - 1; i >= 0; i--) {
-      if (sizes[i] != 1 && strides[i] != expected) return false;
-      expected *= sizes[i];
-    }
-    return true;
-  }
-
-  // Whether the samples lie at one distance from each other, and the elements of each side by side.
-  bool is_rows() const { return is_contiguous() || (count == 2 && strides[1] == 1); }
-};
 
 Scalar scalar_of(int32_t dtype) {
   static const int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(),
                        float16 = aoti_torch_dtype_float16();
   if (dtype == float32) return Scalar::float32;
   if (dtype == bfloat16) return Scalar::bfloat16;
-  STD_TORCH_CHECK(dtype == float16, "pibinn: expected float32, bfloat16 or float16");
+  expect(dtype == float16, "expected float32, bfloat16 or float16");
   return Scalar::float16;
 }
 
 // λ, or what GlobalScale makes of its parameter: never negative, at least the smallest (subnormal) number of its dtype.
 float value_of(const Handle& scale, bool absolute) {
   const Dimensions dimensions(scale);
-  STD_TORCH_CHECK(dimensions.count == 1 && dimensions.sizes[0] == 1, "pibinn: expected a scale of shape (1,)");
+  expect(dimensions.count == 1 && dimensions.sizes[0] == 1, "expected a scale of shape (1,)");
   const Scalar scalar = scalar_of(dtype_of(scale));
   float value;
   read_floats(scalar, data_of(scale), 0, 1, &value);
@@ -100,13 +43,13 @@ float value_of(const Handle& scale, bool absolute) {
 // For sizes that come from a caller: without an overflow.
 int64_t multiply(int64_t a, int64_t b) {
   int64_t result;
-  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &result), "pibinn: ", a, " times ", b, " does not fit 64 bits");
+  expect(!__builtin_mul_overflow(a, b, &result), a, " times ", b, " does not fit 64 bits");
   return result;
 }
 
 int64_t add(int64_t a, int64_t b) {
   int64_t result;
-  STD_TORCH_CHECK(!__builtin_add_overflow(a, b, &result), "pibinn: ", a, " plus ", b, " does not fit 64 bits");
+  expect(!__builtin_add_overflow(a, b, &result), a, " plus ", b, " does not fit 64 bits");
   return result;
 }
 
@@ -131,9 +74,9 @@ struct Weight {
 void check_bits(const Handle& bits, int64_t weights) {
   const Dimensions given(bits);
   const int64_t bytes = weights / 8 + (weights % 8 != 0);
-  STD_TORCH_CHECK(dtype_of(bits) == aoti_torch_dtype_uint8() && given.is_contiguous() && given.count == 1 &&
+  expect(dtype_of(bits) == aoti_torch_dtype_uint8() && given.is_contiguous() && given.count == 1 &&
                       given.sizes[0] == bytes,
-                  "pibinn: expected the bits of ", weights, " weights, which the input and the sizes make: uint8, ",
+                  "expected the bits of ", weights, " weights, which the input and the sizes make: uint8, ",
                   "contiguous, of shape (", bytes, ",)");
 }
 
@@ -144,7 +87,7 @@ AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, 
                          const Handle& bias, const Layout& layout, bool transposed, bool absolute_scale) {
   const Weight weight(layout, transposed);
   Dimensions given(input);
-  STD_TORCH_CHECK(given.count > 0 && given.sizes[given.count - 1] == weight.inputs, "pibinn: expected an input of ",
+  expect(given.count > 0 && given.sizes[given.count - 1] == weight.inputs, "expected an input of ",
                   weight.inputs, " features, got ", given.count ? given.sizes[given.count - 1] : 0);
   const int32_t dtype = dtype_of(input);
   std::vector<int64_t> sizes(given.sizes, given.sizes + given.count), strides(given.count);
@@ -165,18 +108,18 @@ AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, 
     const Dimensions scales(activation_scales);
     int64_t count = 1;
     for (int64_t i = 0; i < scales.count; i++) count *= scales.sizes[i];
-    STD_TORCH_CHECK(scalar_of(dtype_of(activation_scales)) == Scalar::float32 && scales.is_contiguous() &&
+    expect(scalar_of(dtype_of(activation_scales)) == Scalar::float32 && scales.is_contiguous() &&
                         count == problem.samples && weight.most_inputs < MOST_INT8_INPUTS,
-                    "pibinn: expected ", problem.samples, " activation scales, contiguous, in float32, and fewer than ",
+                    "expected ", problem.samples, " activation scales, contiguous, in float32, and fewer than ",
                     MOST_INT8_INPUTS, " columns in a block");
     problem.activation_scales = reinterpret_cast<const float*>(data_of(activation_scales));
   }
   problem.bias = nullptr;
   if (bias) {
     const Dimensions shape(bias);
-    STD_TORCH_CHECK(
+    expect(
         dtype_of(bias) == dtype && shape.count == 1 && shape.sizes[0] == weight.outputs && shape.is_contiguous(),
-        "pibinn: expected a bias of shape (", weight.outputs, ",), contiguous, of the dtype of the input");
+        "expected a bias of shape (", weight.outputs, ",), contiguous, of the dtype of the input");
     problem.bias = data_of(bias);
   }
 
@@ -185,9 +128,7 @@ AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, 
   Handle output(result);
   if (problem.samples == 0 || weight.outputs == 0) return output.release();
   if (!given.is_rows()) {
-    AtenTensorHandle copy;
-    check(aoti_torch_new_tensor_handle(stable::contiguous(stable::Tensor(input.release())).get(), &copy));
-    input.reset(copy);
+    input = contiguous(std::move(input));
     given = Dimensions(input);
   }
   problem.bits = reinterpret_cast<const uint8_t*>(data_of(bits));
@@ -203,11 +144,11 @@ AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, 
 std::vector<Block> take_even_blocks(const Handle& input, const Handle& bits, StableIValue rows_value,
                                     StableIValue columns_value, bool transposed) {
   const int64_t rows = to<int64_t>(rows_value), columns = to<int64_t>(columns_value);
-  STD_TORCH_CHECK(rows > 0 && columns > 0, "pibinn: expected blocks of at least one row and one column, got ", rows,
+  expect(rows > 0 && columns > 0, "expected blocks of at least one row and one column, got ", rows,
                   " and ", columns);
   const Dimensions given(input);
   const int64_t features = given.count > 0 ? given.sizes[given.count - 1] : 0, inputs = transposed ? rows : columns;
-  STD_TORCH_CHECK(features > 0 && features % inputs == 0, "pibinn: expected an input with a multiple of ", inputs,
+  expect(features > 0 && features % inputs == 0, "expected an input with a multiple of ", inputs,
                   " features, got ", features);
   const int64_t count = features / inputs;
   check_bits(bits, multiply(count, multiply(rows, columns)));  // before there is a block for each
@@ -216,12 +157,12 @@ std::vector<Block> take_even_blocks(const Handle& input, const Handle& bits, Sta
 
 std::vector<Block> take_uneven_blocks(const Handle& bits, StableIValue rows_value, StableIValue columns_value,
                                       bool transposed) {
-  const auto rows = to<std::vector<int64_t>>(rows_value), columns = to<std::vector<int64_t>>(columns_value);
-  STD_TORCH_CHECK(rows.size() == columns.size(), "pibinn: expected as many rows as columns, got ", rows.size(), " and ",
+  const auto rows = take_list(rows_value), columns = take_list(columns_value);
+  expect(rows.size() == columns.size(), "expected as many rows as columns, got ", rows.size(), " and ",
                   columns.size());
   int64_t weights = 0, row_count = 0, column_count = 0;
   for (size_t b = 0; b < rows.size(); b++) {
-    STD_TORCH_CHECK(rows[b] >= 0 && columns[b] >= 0, "pibinn: expected blocks of no negative size, got ", rows[b],
+    expect(rows[b] >= 0 && columns[b] >= 0, "expected blocks of no negative size, got ", rows[b],
                     " rows and ", columns[b], " columns");
     weights = add(weights, multiply(rows[b], columns[b]));
     row_count = add(row_count, rows[b]);
@@ -246,26 +187,26 @@ bool are_below(const int32_t* numbers, int64_t count, int64_t end) {
 // Looks at every number of an index, which takes a tenth to a fifth of the time of a product with one sample.
 void check_index(const SparseRows& rows) {
   const int64_t nonzeros = rows.starts[rows.row_count];
-  STD_TORCH_CHECK(std::is_sorted(rows.starts, rows.starts + rows.row_count + 1),
-                  "pibinn: expected an index in which no row starts before the one before it");
-  STD_TORCH_CHECK(are_below(rows.columns, nonzeros, rows.column_count), "pibinn: expected an index of ",
+  expect(std::is_sorted(rows.starts, rows.starts + rows.row_count + 1),
+                  "expected an index in which no row starts before the one before it");
+  expect(are_below(rows.columns, nonzeros, rows.column_count), "expected an index of ",
                   rows.column_count, " columns, got one that names others");
-  STD_TORCH_CHECK(!rows.order || are_below(rows.order, nonzeros, nonzeros), "pibinn: expected an index of ", nonzeros,
+  expect(!rows.order || are_below(rows.order, nonzeros, nonzeros), "expected an index of ", nonzeros,
                   " bits, got one that names others");
 }
 
 // The index is starts, columns and, unless bits lie by row, their order, one after the other.
 template <bool Checked>
 SparseRows take_sparse_rows(const Handle& bits, const Handle& index, StableIValue shape_value) {
-  const auto shape = to<std::vector<int64_t>>(shape_value);
+  const auto shape = take_list(shape_value);
   const Dimensions given(index);
-  STD_TORCH_CHECK(shape.size() == 2 && shape[0] > 0 && shape[1] > 0 && dtype_of(index) == aoti_torch_dtype_int32() &&
+  expect(shape.size() == 2 && shape[0] > 0 && shape[1] > 0 && dtype_of(index) == aoti_torch_dtype_int32() &&
                       given.count == 1 && given.is_contiguous() && given.sizes[0] > shape[0],
-                  "pibinn: expected the shape of a matrix, and its index in int32, contiguous");
+                  "expected the shape of a matrix, and its index in int32, contiguous");
   const auto* starts = reinterpret_cast<const int32_t*>(data_of(index));
   const int64_t nonzeros = starts[shape[0]], rest = given.sizes[0] - shape[0] - 1;
-  STD_TORCH_CHECK(starts[0] == 0 && nonzeros > 0 && (rest == nonzeros || rest == 2 * nonzeros),
-                  "pibinn: expected an index of ", shape[0], " rows, got one of another number");
+  expect(starts[0] == 0 && nonzeros > 0 && (rest == nonzeros || rest == 2 * nonzeros),
+                  "expected an index of ", shape[0], " rows, got one of another number");
   check_bits(bits, nonzeros);
   const int32_t* columns = starts + shape[0] + 1;
   const SparseRows rows{starts, columns, rest == nonzeros ? nullptr : columns + nonzeros, shape[0], shape[1]};
@@ -282,7 +223,7 @@ void packed_linear(StableIValue* stack, uint64_t, uint64_t) {
   const bool transposed = to<bool>(stack[6]), signed_scale = to<bool>(stack[7]);
   const auto blocks = Even ? take_even_blocks(input, bits, stack[3], stack[4], transposed)
                            : take_uneven_blocks(bits, stack[3], stack[4], transposed);
-  stack[0] = stable::detail::from(product(std::move(input), bits, scale, nullptr, bias, blocks, transposed, !signed_scale));
+  stack[0] = from(product(std::move(input), bits, scale, nullptr, bias, blocks, transposed, !signed_scale));
 }
 
 template <bool Checked>
@@ -293,7 +234,7 @@ void packed_linear_sparse(StableIValue* stack, uint64_t, uint64_t) {
   const bool transposed = to<bool>(stack[6]), signed_scale = to<bool>(stack[7]);
   const SparseRows rows = take_sparse_rows<Checked>(bits, index, stack[4]);
   stack[0] =
-      stable::detail::from(product(std::move(input), bits, scale, nullptr, bias, rows, transposed, !signed_scale));
+      from(product(std::move(input), bits, scale, nullptr, bias, rows, transposed, !signed_scale));
 }
 
 template <bool Even>
@@ -305,7 +246,7 @@ void packed_linear_int8(StableIValue* stack, uint64_t, uint64_t) {
       Even ? take_even_blocks(input, bits, stack[4], stack[5], false)
            : take_uneven_blocks(bits, stack[4], stack[5], false);
   stack[0] =
-      stable::detail::from(product(std::move(input), bits, scale, activation_scales, bias, blocks, false, false));
+      from(product(std::move(input), bits, scale, activation_scales, bias, blocks, false, false));
 }
 
 template <bool Even>
@@ -315,7 +256,7 @@ void sign_product(StableIValue* stack, uint64_t, uint64_t) {
   const bool transposed = to<bool>(stack[4]);
   const auto blocks = Even ? take_even_blocks(input, bits, stack[2], stack[3], transposed)
                            : take_uneven_blocks(bits, stack[2], stack[3], transposed);
-  stack[0] = stable::detail::from(product(std::move(input), bits, nullptr, nullptr, nullptr, blocks, transposed, false));
+  stack[0] = from(product(std::move(input), bits, nullptr, nullptr, nullptr, blocks, transposed, false));
 }
 
 template <bool Checked>
@@ -324,69 +265,108 @@ void sign_product_sparse(StableIValue* stack, uint64_t, uint64_t) {
   const Handle bits = take_tensor(stack[1]), index = take_tensor(stack[2]);
   const bool transposed = to<bool>(stack[4]);
   const SparseRows rows = take_sparse_rows<Checked>(bits, index, stack[3]);
-  stack[0] = stable::detail::from(product(std::move(input), bits, nullptr, nullptr, nullptr, rows, transposed, false));
+  stack[0] = from(product(std::move(input), bits, nullptr, nullptr, nullptr, rows, transposed, false));
+}
+
+bool is_intact(const Handle& weight, float scale, const uint8_t* bits, int64_t count) {
+  const Scalar scalar = scalar_of(dtype_of(weight));
+  return scalar == Scalar::float32
+             ? is_intact(scalar, scale, bits, count, reinterpret_cast<const uint32_t*>(data_of(weight)))
+             : is_intact(scalar, scale, bits, count, reinterpret_cast<const uint16_t*>(data_of(weight)));
+}
+
+void unpack_into(const Handle& output, float scale, const uint8_t* bits, int64_t count) {
+  const Scalar scalar = scalar_of(dtype_of(output));
+  if (scalar == Scalar::float32) {
+    unpack_as(scalar, scale, bits, count, reinterpret_cast<uint32_t*>(data_of(output)));
+  } else {
+    unpack_as(scalar, scale, bits, count, reinterpret_cast<uint16_t*>(data_of(output)));
+  }
+}
+
+void unpack(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle bits = take_tensor(stack[0]), scale = take_tensor(stack[1]);
+  const int64_t count = to<int64_t>(stack[2]), stride = 1;
+  const int32_t dtype = to<int32_t>(stack[3]);
+  expect(count >= 0, "expected a number of bits, got ", count);
+  check_bits(bits, count);
+  scalar_of(dtype);  // before there is a tensor of it
+  AtenTensorHandle result;
+  check(aoti_torch_empty_strided(1, &count, &stride, dtype, aoti_torch_device_type_cpu(), 0, &result));
+  Handle output(result);
+  unpack_into(output, value_of(scale, true), reinterpret_cast<const uint8_t*>(data_of(bits)), count);
+  stack[0] = from(output.release());
+}
+
+int64_t count_of(const Dimensions& dimensions) {
+  int64_t count = 1;
+  for (int64_t i = 0; i < dimensions.count; i++) count *= dimensions.sizes[i];
+  return count;
+}
+
+void refresh(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle weight = take_tensor(stack[0]), seen = take_tensor(stack[1]), bits = take_tensor(stack[2]),
+               scale = take_tensor(stack[3]);
+  const Dimensions given(weight), seen_bytes(seen);
+  const int64_t count = count_of(given), bytes = (count + 7) / 8;
+  check_bits(bits, count);
+  expect(given.is_contiguous() && seen_bytes.count == 1 && seen_bytes.is_contiguous() &&
+             seen_bytes.sizes[0] == bytes + 4 && dtype_of(seen) == aoti_torch_dtype_uint8(),
+         "expected a contiguous weight and what was seen of it: uint8 of shape (", bytes + 4, ",)");
+  const float value = value_of(scale, true);
+  const auto* now = reinterpret_cast<const uint8_t*>(data_of(bits));
+  char* before = data_of(seen);
+  if (!std::memcmp(before, now, bytes) && !std::memcmp(before + bytes, &value, 4) && is_intact(weight, value, now, count))
+    return;
+  unpack_into(weight, value, now, count);
+  std::memcpy(before, now, bytes);
+  std::memcpy(before + bytes, &value, 4);
+}
+
+// Of the operators that kernel/operators.py defines, under their names.
+struct Operator {
+  const char* name;
+  void (*function)(StableIValue*, uint64_t, uint64_t);
+};
+
+const Operator operators[] = {
+    {"packed_linear", &packed_linear<true>},
+    {"packed_linear.uneven", &packed_linear<false>},
+    {"packed_linear.sparse", &packed_linear_sparse<true>},
+    {"packed_linear.sparse_unchecked", &packed_linear_sparse<false>},
+    {"packed_linear_int8", &packed_linear_int8<true>},
+    {"packed_linear_int8.uneven", &packed_linear_int8<false>},
+    {"sign_product", &sign_product<true>},
+    {"sign_product.uneven", &sign_product<false>},
+    {"sign_product.sparse", &sign_product_sparse<true>},
+    {"sign_product.sparse_unchecked", &sign_product_sparse<false>},
+    {"unpack", &unpack},
+    {"refresh", &refresh},
+};
+
+void register_operators() {
+  TorchLibraryHandle library;  // kept for as long as the process runs
+  check(aoti_torch_library_init_impl("pibinn", "CPU", __FILE__, __LINE__, &library));
+  for (const Operator& each : operators) check(torch_library_impl(library, each.name, each.function, TORCH_VERSION));
 }
 
 }  // namespace
 }  // namespace pibinn
 
-// packed_linear has the scale and the bias in it and no gradient; sign_product is linear and has one, given in Python.
-// packed_linear_int8 rounds each sample to int8 multiples of its activation scale; its scale is a signed one.
-// Rows and columns are those of each block; index and shape are those of a matrix of any pattern. Unchecked: the
-// numbers of the index are taken to lie within the matrix, as they do where sparse_rows made it. An unsigned scale is
-// what GlobalScale makes of its parameter. What has a default is last: each argument that a call passes costs as much
-// as a hundred multiply-adds.
-STABLE_TORCH_LIBRARY(pibinn, m) {
-  m.def(
-      "packed_linear(Tensor input, Tensor bits, Tensor scale, int rows, int columns, Tensor? bias=None, "
-      "bool transposed=False, bool signed_scale=False) -> Tensor");
-  m.def(
-      "packed_linear.uneven(Tensor input, Tensor bits, Tensor scale, int[] rows, int[] columns, Tensor? bias=None, "
-      "bool transposed=False, bool signed_scale=False) -> Tensor");
-  m.def(
-      "packed_linear.sparse(Tensor input, Tensor bits, Tensor scale, Tensor index, int[] shape, Tensor? bias=None, "
-      "bool transposed=False, bool signed_scale=False) -> Tensor");
-  m.def(
-      "packed_linear.sparse_unchecked(Tensor input, Tensor bits, Tensor scale, Tensor index, int[] shape, "
-      "Tensor? bias=None, bool transposed=False, bool signed_scale=False) -> Tensor");
-  m.def(
-      "packed_linear_int8(Tensor input, Tensor bits, Tensor scale, Tensor activation_scales, int rows, int columns, "
-      "Tensor? bias=None) -> Tensor");
-  m.def(
-      "packed_linear_int8.uneven(Tensor input, Tensor bits, Tensor scale, Tensor activation_scales, int[] rows, "
-      "int[] columns, Tensor? bias=None) -> Tensor");
-  m.def("sign_product(Tensor input, Tensor bits, int rows, int columns, bool transposed=False) -> Tensor");
-  m.def("sign_product.uneven(Tensor input, Tensor bits, int[] rows, int[] columns, bool transposed=False) -> Tensor");
-  m.def("sign_product.sparse(Tensor input, Tensor bits, Tensor index, int[] shape, bool transposed=False) -> Tensor");
-  m.def(
-      "sign_product.sparse_unchecked(Tensor input, Tensor bits, Tensor index, int[] shape, bool transposed=False) "
-      "-> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(pibinn, CPU, m) {
-  m.impl("packed_linear", &pibinn::packed_linear<true>);
-  m.impl("packed_linear.uneven", &pibinn::packed_linear<false>);
-  m.impl("packed_linear.sparse", &pibinn::packed_linear_sparse<true>);
-  m.impl("packed_linear.sparse_unchecked", &pibinn::packed_linear_sparse<false>);
-  m.impl("packed_linear_int8", &pibinn::packed_linear_int8<true>);
-  m.impl("packed_linear_int8.uneven", &pibinn::packed_linear_int8<false>);
-  m.impl("sign_product", &pibinn::sign_product<true>);
-  m.impl("sign_product.uneven", &pibinn::sign_product<false>);
-  m.impl("sign_product.sparse", &pibinn::sign_product_sparse<true>);
-  m.impl("sign_product.sparse_unchecked", &pibinn::sign_product_sparse<false>);
-}
-
 // Raised with every change of the operators above: Python leaves a shared object that was built before it alone.
-extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 4; }
+extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 6; }
 
-// The name of the path in use, for Python; an error as its message, which starts with PIBINN_KERNEL.
+// Implement the operators, once. The name of the path in use, for Python; or an error as its message, which starts with
+// PIBINN_KERNEL where the environment is at fault.
 extern "C" __attribute__((visibility("default"))) const char* pibinn_kernel() {
-  static std::string name;
-  try {
-    const pibinn::Path* path = pibinn::chosen_path();
-    name = path ? path->name : "torch";
-  } catch (const std::exception& error) {
-    name = error.what();
-  }
+  static const std::string name = [] {
+    try {
+      const std::string path = pibinn::chosen_path()->name;
+      pibinn::register_operators();
+      return path;
+    } catch (const std::exception& error) {
+      return std::string(error.what());
+    }
+  }();
   return name.c_str();
 }

@@ -1,0 +1,147 @@
+"""The operators of the namespace ``pibinn``: what they mean to torch, whatever implements them.
+
+Their schemas, the shapes of their results and their gradients are here; a backend implements them for its device, under
+the same names (`cpu`, whose shared object does it in C++). Another one is a file of its own, which implements them by
+``torch.library.impl(name, device_type)``, its import in `native`, and its device in `native.can_run`.
+
+``packed_linear`` has the scale and the bias in it and no gradient; ``sign_product`` is linear and has one.
+``packed_linear_int8`` rounds each sample to int8 multiples of its activation scale; its scale is a signed one.
+``unpack`` gives the values ``±λ`` of the first ``count`` bits; ``refresh`` writes them into a weight that was unpacked
+before, if bits or λ are no longer what was ``seen`` then: bytes, those of the bits and 4 of λ.
+
+Rows and columns are those of each block, in lists where blocks are uneven; index and shape are those of a matrix of any
+pattern. Unchecked: the numbers of the index are taken to lie within the matrix, as they do where `sparse_rows` made it.
+A scale that is not signed is what `GlobalScale` makes of its parameter. What has a default is last: each argument that
+a call passes costs as much as a hundred multiply-adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+# The two arguments that describe where the signs are, by the overload that takes them.
+_LAYOUTS = {
+    "": "int rows, int columns",
+    "uneven": "int[] rows, int[] columns",
+    "sparse": "Tensor index, int[] shape",
+    "sparse_unchecked": "Tensor index, int[] shape",
+}
+_BLOCKS = ("", "uneven")
+
+_library = torch.library.Library("pibinn", "DEF")
+
+
+def _overload(operator: str, layout: str) -> str:
+    return f"{operator}.{layout}" if layout else operator
+
+
+def _fake(name: str, shape: Callable[..., Tensor | None]) -> None:
+    torch.library.register_fake(f"pibinn::{name}", shape, lib=_library)
+
+
+def _define() -> None:
+    for name, layout in _LAYOUTS.items():
+        _library.define(
+            f"{_overload('packed_linear', name)}(Tensor input, Tensor bits, Tensor scale, {layout}, "
+            "Tensor? bias=None, bool transposed=False, bool signed_scale=False) -> Tensor"
+        )
+        _library.define(
+            f"{_overload('sign_product', name)}(Tensor input, Tensor bits, {layout}, bool transposed=False) -> Tensor"
+        )
+        _fake(_overload("packed_linear", name), _packed_linear)
+        _fake(_overload("sign_product", name), _sign_product)
+        torch.library.register_autograd(
+            f"pibinn::{_overload('sign_product', name)}", _backward, setup_context=_save, lib=_library
+        )
+    for name in _BLOCKS:
+        _library.define(
+            f"{_overload('packed_linear_int8', name)}(Tensor input, Tensor bits, Tensor scale, "
+            f"Tensor activation_scales, {_LAYOUTS[name]}, Tensor? bias=None) -> Tensor"
+        )
+        _fake(_overload("packed_linear_int8", name), _packed_linear_int8)
+    _library.define("unpack(Tensor bits, Tensor scale, int count, ScalarType dtype) -> Tensor")
+    _fake("unpack", _unpack)
+    _library.define("refresh(Tensor(a!) weight, Tensor(b!) seen, Tensor bits, Tensor scale) -> ()")
+    _fake("refresh", _refresh)
+
+
+def _packed_linear(
+    input: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    rows: int | Sequence[int] | Tensor,
+    columns: int | Sequence[int],
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    signed_scale: bool = False,
+) -> Tensor:
+    return _sign_product(input, bits, rows, columns, transposed)
+
+
+def _packed_linear_int8(
+    input: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    activation_scales: Tensor,
+    rows: int | Sequence[int],
+    columns: int | Sequence[int],
+    bias: Tensor | None = None,
+) -> Tensor:
+    return _sign_product(input, bits, rows, columns)
+
+
+def _sign_product(
+    input: Tensor,
+    bits: Tensor,
+    rows: int | Sequence[int] | Tensor,
+    columns: int | Sequence[int],
+    transposed: bool = False,
+) -> Tensor:
+    inputs, outputs = (rows, columns) if transposed else (columns, rows)
+    if isinstance(rows, Tensor):
+        features = cast(Sequence[int], columns)[int(transposed)]
+    elif isinstance(inputs, int) and isinstance(outputs, int):
+        features = input.shape[-1] // inputs * outputs
+    else:
+        features = sum(cast(Sequence[int], outputs))
+    return input.new_empty((*input.shape[:-1], features))
+
+
+def _unpack(bits: Tensor, scale: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    return bits.new_empty((count,), dtype=dtype)
+
+
+def _refresh(weight: Tensor, seen: Tensor, bits: Tensor, scale: Tensor) -> None:
+    return None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.bits, ctx.rows, ctx.columns, ctx.transposed = inputs
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    product = PRODUCT[int if isinstance(ctx.rows, int) else Tensor if isinstance(ctx.rows, Tensor) else tuple]
+    return product(gradient, ctx.bits, ctx.rows, ctx.columns, not ctx.transposed), None, None, None, None
+
+
+_define()
+# The operators for equal blocks, for uneven ones and for an index, by the type of what describes rows. An index of
+# `sparse_rows` needs no check; ``sparse``, for an index of anybody's, looks at all of its numbers in each call.
+_ops = torch.ops.pibinn
+FUSED: dict[type, Any] = {
+    int: _ops.packed_linear.default,
+    tuple: _ops.packed_linear.uneven,
+    Tensor: _ops.packed_linear.sparse_unchecked,
+}
+INT8: dict[type, Any] = {int: _ops.packed_linear_int8.default, tuple: _ops.packed_linear_int8.uneven}
+PRODUCT: dict[type, Any] = {
+    int: _ops.sign_product.default,
+    tuple: _ops.sign_product.uneven,
+    Tensor: _ops.sign_product.sparse_unchecked,
+}
+UNPACK: Any = _ops.unpack.default
+REFRESH: Any = _ops.refresh.default

@@ -1,0 +1,132 @@
+"""Random products for an emulated processor, and their errors against float64.
+
+Each product is computed in two divisions into parts, as for one thread and for many, whose results must be the same bit
+for bit. A read past the end of what a product is given has no memory to read. `tests/scripts/native_kernel_cases.py` is
+the same on a real processor.
+"""
+
+import ctypes
+import random
+from pathlib import Path
+
+import torch
+
+from pibinn_plugin.bits import pack_bits
+
+SOURCES = Path(__file__).parents[2] / "pibinn_plugin" / "kernel" / "csrc"
+REGIONS = dict.fromkeys(("bits", "input", "output", "bias", "steps", "index", "described", "call", "scratch"), 1 << 20)
+SCALE = 0.37
+# Number in the kernel and, of the sum of magnitudes of an output, rounding in this dtype and of a sum in float32.
+DTYPES = {torch.float32: (0, 1e-6), torch.bfloat16: (1, 2**-8 + 1e-6), torch.float16: (2, 2**-11 + 1e-6)}
+SAMPLES = (1, 2, 9, 10, 16, 17, 33, 64, 137, 150)
+
+
+class Problem(ctypes.Structure):
+    """As in kernel.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("bits", "bytes", "input", "output", "bias")),
+        ("scalar", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("input_stride", "output_stride", "samples")),
+        *(("scale", ctypes.c_float), ("transposed", ctypes.c_bool), ("activation_scales", ctypes.c_int64)),
+    ]
+
+
+def content(tensor):
+    """The bytes of a tensor."""
+    return bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
+
+
+def product(processor, function, divisions, flags, matrix, samples, dtype, transposed, is_int8, *more):
+    """One product of random inputs: its largest error in units of the allowed one."""
+    number, tolerance = DTYPES[dtype]
+    matrix = SCALE * (matrix.T if transposed else matrix)
+    input = torch.randn(samples, matrix.shape[1]).to(dtype)
+    bias = torch.randn(matrix.shape[0]).to(dtype) if samples % 2 else None
+    steps = input.float().abs().amax(1, keepdim=True) / 127
+    bits, output = pack_bits(flags), torch.full((samples, matrix.shape[0]), torch.nan, dtype=dtype)
+    problem = Problem(
+        *(processor.place("bits", content(bits)), len(bits)),
+        *(processor.place("input", content(input)), processor.place("output", content(output))),
+        *(0 if bias is None else processor.place("bias", content(bias)), number),
+        *(input.shape[1], output.shape[1], samples, SCALE, transposed),
+        processor.place("steps", content(steps)) if is_int8 else 0,
+    )
+    results = []
+    for parts in divisions:
+        call = processor.place("call", bytes(problem) + content(torch.tensor(parts)))
+        arguments = (call, call + ctypes.sizeof(Problem), len(parts))
+        scratch = (processor.call(function, *arguments, 0, *more) + 63) // 64 * 64
+        garbage = processor.place("scratch", random.randbytes(scratch))
+        processor.write(problem.output, content(output))
+        processor.call(function, *arguments, garbage, *more)
+        results.append(processor.read(problem.output, len(content(output))))
+    result, divided = results
+    assert result == divided, f"{matrix.shape}, {samples} samples: the result depends on the parts"
+    output = torch.frombuffer(bytearray(result), dtype=dtype).view(output.shape).double()
+    input = (input.float() * (1 / steps)).round().double() * steps.double() if is_int8 else input.double()
+    offset = 0.0 if bias is None else bias.double()
+    subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the spacing of results that small
+    allowed = tolerance * (input.abs() @ matrix.abs().T + abs(offset)) + subnormal / 2
+    return ((output - (input @ matrix.T + offset)).abs() / allowed).max().item()
+
+
+def in_blocks(processor, blocks, samples, dtype, transposed, is_int8):
+    """A product with random blocks."""
+    flags = [torch.rand(sizes) < 0.5 for sizes in blocks]
+    matrix = torch.block_diag(*(block.double() * 2 - 1 for block in flags))
+    flags = torch.cat([block.flatten() for block in flags])
+    divisions = [parts_of(blocks, samples, transposed, *most) for most in ((512, 256), (64, 128))]
+    return product(processor, "in_blocks", divisions, flags, matrix, samples, dtype, transposed, is_int8)
+
+
+def parts_of(blocks, samples, transposed, most_outputs, most_samples):
+    """The parts that `divide` in dispatch.cpp would make, of so many outputs and samples at most."""
+    parts, bit, row, column = [], 0, 0, 0
+    for rows, columns in blocks:
+        starts, outputs = ((row, column), columns) if transposed else ((column, row), rows)
+        for n in range(0, samples, most_samples):
+            for o in range(0, outputs, most_outputs):
+                ends = (min(o + most_outputs, outputs), n, min(n + most_samples, samples))
+                parts.append([bit, rows, columns, *starts, o, *ends])
+        bit, row, column = bit + rows * columns, row + rows, column + columns
+    return parts
+
+
+def in_rows(processor, rows, columns, samples, dtype, transposed, is_ordered):
+    """A product with a random pattern, whose bits are in the order of rows or in another one."""
+    pattern = torch.rand(rows, columns) < random.choice((0.01, 0.1, 0.5, 1.0))
+    pattern[0, 0] = True
+    count = int(pattern.sum())
+    places = torch.arange(count) if is_ordered else torch.randperm(count)
+    flags = torch.rand(count) < 0.5
+    matrix = torch.zeros(rows, columns, dtype=torch.double)
+    matrix[pattern] = flags[places].double() * 2 - 1
+    index = torch.cat([torch.zeros(1), pattern.sum(1).cumsum(0), pattern.nonzero()[:, 1], places[is_ordered * count :]])
+    start = processor.place("index", content(index.int()))
+    addresses = [start, start + 4 * (rows + 1), 0 if is_ordered else start + 4 * (rows + 1 + count), rows, columns]
+    described = processor.place("described", content(torch.tensor(addresses)))
+    middle = rows if transposed else rows // 2
+    parts = [[*ends, n, min(n + 32, samples)] for n in range(0, samples, 32) for ends in ((0, middle), (middle, rows))]
+    divisions = [[[0, rows, 0, samples]], [part for part in parts if part[0] < part[1]]]
+    return product(processor, "in_rows", divisions, flags, matrix, samples, dtype, transposed, False, described)
+
+
+def run_cases(processor, count=400):
+    """Run so many cases of each kind; returns how many products there were and their largest error."""
+    random.seed(0)
+    torch.manual_seed(0)
+    errors = []
+    for case in range(count):
+        samples, dtype, transposed = random.choice(SAMPLES), random.choice(list(DTYPES)), case % 2 == 0
+        sizes = [(random.randint(1, 120), random.randint(1, 120)) for _ in range(random.randint(1, 3))]
+        sizes = [(600, 33)] if case == 0 else [(33, 600)] if case == 1 else sizes
+        errors.append(in_blocks(processor, sizes, samples, dtype, transposed, not transposed and case % 4 == 1))
+        errors.append(in_rows(processor, *sizes[0], samples, dtype, transposed, case % 3 == 0))
+    return len(errors), max(errors)
+
+
+def report(count, error):
+    """Print the result of `run_cases` and end the program with it."""
+    print(f"{count} products, largest error {error:.3f} of the allowed one")
+    raise SystemExit(0 if error <= 1.0 else 1)
