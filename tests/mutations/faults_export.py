@@ -43,7 +43,7 @@ FAULTS = [
         "export/__init__.py",
         "framework.write(copy.deepcopy(packed), inputs, path)",
         "framework.write(packed, inputs, path)",
-        "export::test_weights_packed_by_torchao_itself_are_exported export::test_onnx_from_other_schemes " + PT2,
+        "export::test_a_writer_cannot_change_what_its_file_is_compared_with",
     ),
     Fault("export/verify.py", "for inputs in (args, others):", "for inputs in (args,):", "verify"),
     Fault("export/verify.py", "x.shape[0] + dynamic_batch", "x.shape[0]", "verify"),
@@ -60,7 +60,10 @@ FAULTS = [
         "verify",
     ),
     Fault(
-        "export/program.py", "torch.cat([x, x]) if x.shape[0] == 1 else x", "x", "export foreign_networks hugging_face"
+        "export/program.py",
+        "torch.cat([x, x]) if x.shape[0] == 1 else x",
+        "x",
+        "export::test_a_batch_of_one_is_no_constant",
     ),
     Fault("export/program.py", "        chain.original = row_major_bits(packed)\n", "        pass\n", PT2),
     Fault(
@@ -100,6 +103,7 @@ FAULTS = [
         "compact or isinstance(packed.structure, Dense)",
         "compact",
         "export::test_files_stay_at_one_bit_a_weight",
+        harmless="the mask of a dense weight is all True: the same values from a few more nodes",
     ),
     Fault("export/rules.py", "offset >= -self.structure.lower", "offset > -self.structure.lower", PT2),
     Fault(
@@ -157,7 +161,7 @@ FAULTS = [
         "method = zipfile.ZIP_STORED if",
         "export::test_files_stay_at_one_bit_a_weight",
     ),
-    Fault("export/aoti.py", 'if path.suffix != ".pt2":', "if False:", "export::test_aoti_without_a_compiler"),
+    Fault("export/aoti.py", 'if path.suffix != ".pt2":', "if False:", "export::test_aoti_without_a_compiler -kaoti"),
     Fault("export/qonnx_graph.py", "[0, *ends[:-1]]", "[0, *ends[1:]]", "export_brevitas"),
     Fault("export/brevitas_layers.py", "and not has_empty_blocks(target.structure)", "", "export_brevitas"),
     Fault(

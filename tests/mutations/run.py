@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 AREAS = ("structure", "weights", "storage", "schemes", "workflow", "export", "kernel", "callback")
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", ".hypothesis", "build", "runs", "shared")
 SECONDS = 600
+# Compilers take most of the time, and see what eager tests see; a fault's own -k overrides this one.
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-k", "not compile"]
 PASSED, FAILED, INTERRUPTED = 0, 1, 2  # exit statuses of pytest; the last one where a module cannot be imported
 # Imported once and not by every child; the plugin itself is not among them, since it is what differs.
 PRELOADED = (
@@ -73,9 +75,7 @@ def exit_status(copy: Path, arguments: list[str]) -> int:
     os.environ["PYTHONPATH"] = str(copy)  # for the processes that tests start
     sys.path.insert(0, str(copy))
     with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        # Compilers take most of the time, and see what eager tests see; a fault's own -k overrides this one.
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-k", "not compile"]
-        return int(pytest.main([*options, *arguments]))
+        return int(pytest.main([*OPTIONS, *arguments]))
 
 
 def _plant_and_test(fault: Fault) -> None:
@@ -113,7 +113,7 @@ def _check_without_faults(faults: list[Fault]) -> None:
     arguments = sorted({word for fault in faults for word in fault.arguments if "/" in word})
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of_project(Path(folder))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+        command = [sys.executable, "-m", "pytest", *OPTIONS, *arguments]
         run = subprocess.run(
             command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(copy)}
         )
