@@ -15,7 +15,7 @@ demo: $(ENVIRONMENT)
 	.venv/bin/python -m lightning_modules.demo
 
 test: $(ENVIRONMENT)
-	@.venv/bin/python -m pytest --numprocesses=auto --dist=loadfile
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses=auto --dist=loadfile
 
 # On each path that the machine has, but the best one, which `make test` runs.
 test-paths: $(ENVIRONMENT)

@@ -123,7 +123,9 @@ def test_a_weakened_constant_is_caught(constant, weaker):
         for amplitude, noise in ((1.0, 0.0), (0.05, 0.5)):
             assert violations(unrolled, certify(unrolled, 1, amplitude, noise), 200, generator) == 0
             found += violations(unrolled, certify(unrolled, 1, amplitude, noise, weakened), 200, generator)
-    assert found > 0
+        if found:
+            return
+    pytest.fail("every certificate holds with the weakened constant too")
 
 
 def test_the_threshold_term_is_needed_in_the_error():
