@@ -75,6 +75,7 @@ def test_fit_test_convert_summary(run, capsys):
     assert f"onnx       {Path('run/solver.onnx').stat().st_size:>8,} " in printed
     packed = pb.load("run/solver.safetensors", into=small_solver())
     assert f"of which {size - pb.summary(packed).total_bytes:,} are its header)\n" in printed
+    Path("run/solver.onnx").unlink()  # whose float twin would be exported again
     run("summary", "--model.solver.init_args.layers", "4")
     assert "bytes and not the total above: it is that of another network" in capsys.readouterr().out
     run("test", "--packed", "run/solver.safetensors")
