@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from brevitas import config
 from torch import Tensor, nn
 
 from pibinn_plugin.errors import ExportError, TargetError
@@ -52,21 +51,14 @@ def _dense_where_brevitas_needs_it(target: Target) -> Target:
 
 
 def export_through_brevitas(
-    exporter: Callable[..., Any], manager: Any, packed: nn.Module, args: tuple[Tensor, ...], path: Path
+    exporter: Callable[..., Any], packed: nn.Module, args: tuple[Tensor, ...], path: Path
 ) -> None:
-    """Write a packed model, which is changed, with one of Brevitas' exporters; Brevitas is left as it was found."""
-    model = use_brevitas_layers(packed)
-    try:
-        # Not dynamo: through it Brevitas writes no quantized biases.
-        exporter(
-            model,
-            args=args,
-            export_path=str(path),
-            dynamo=False,
-            opset_version=18,
-            keep_initializers_as_inputs=False,
-        )
-    finally:
-        # A failed export leaves both, and the next one would stop at an assertion or reuse what was traced.
-        manager._fn_cache.clear()
-        config._ONGOING_EXPORT = None
+    """Write a packed model, which is changed, with one of Brevitas' exporters."""
+    exporter(
+        use_brevitas_layers(packed),
+        args=args,
+        export_path=str(path),
+        dynamo=False,  # through it Brevitas writes no quantized biases
+        opset_version=18,
+        keep_initializers_as_inputs=False,
+    )

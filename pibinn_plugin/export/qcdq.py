@@ -7,7 +7,6 @@ from pathlib import Path
 import onnx
 import onnx_ir
 from brevitas.export import export_onnx_qcdq
-from brevitas.export.onnx.standard.qcdq.manager import StdQCDQONNXManager
 from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ _UNLIMITED = 2**31
 
 def write(packed: nn.Module, args: tuple[Tensor, ...], path: Path) -> None:
     """Write the file."""
-    export_through_brevitas(export_onnx_qcdq, StdQCDQONNXManager, packed, args, path)
+    export_through_brevitas(export_onnx_qcdq, packed, args, path)
     graph = onnx_ir.from_proto(onnx.load(path))
     DeduplicateInitializersPass(size_limit=_UNLIMITED)(graph)  # torch writes a folded constant once a reader
     model = onnx_ir.to_proto(graph)

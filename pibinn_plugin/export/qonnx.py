@@ -8,7 +8,6 @@ import onnx
 import onnxscript.optimizer
 import torch
 from brevitas.export import export_qonnx
-from brevitas.export.onnx.qonnx.manager import QONNXManager
 from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.core.onnx_exec import execute_onnx
 from qonnx.util.cleanup import cleanup_model
@@ -29,7 +28,7 @@ DYNAMIC_BATCH = False  # qonnx infers the shapes of all tensors
 
 def write(packed: nn.Module, args: tuple[Tensor, ...], path: Path) -> None:
     """Write the file, with constants folded and all shapes inferred, as qonnx' executor and compilers expect it."""
-    export_through_brevitas(export_qonnx, QONNXManager, packed, args, path)
+    export_through_brevitas(export_qonnx, packed, args, path)
     model = onnx.load(path)
     strip_traces(model)
     slice_instead_of_split(model.graph)

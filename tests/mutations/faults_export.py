@@ -165,12 +165,6 @@ FAULTS = [
     Fault("export/qonnx_graph.py", "[0, *ends[:-1]]", "[0, *ends[1:]]", "export_brevitas"),
     Fault("export/brevitas_layers.py", "and not has_empty_blocks(target.structure)", "", "export_brevitas"),
     Fault(
-        "export/brevitas_layers.py",
-        "        manager._fn_cache.clear()\n        config._ONGOING_EXPORT = None\n",
-        "        pass\n",
-        "export_brevitas",
-    ),
-    Fault(
         "export/float_layers.py",
         "return type(place.module) is CompactLinear and",
         "return isinstance(place.module, CompactLinear) and",
