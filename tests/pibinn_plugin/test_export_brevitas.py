@@ -9,6 +9,7 @@ from torch import nn
 
 import pibinn_plugin as pb
 from lightning_modules.solvers.calibrated_amp import CalibratedAMP
+from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.weights import packed_weights
 
 onnx = pytest.importorskip("onnx")
@@ -246,3 +247,18 @@ def test_handlers_are_registered_once():
     counts = [len(manager.handlers) for manager, _ in brevitas_export._HANDLERS]
     brevitas_export.register(PIBiNNWeightQuantProxy)
     assert [len(manager.handlers) for manager, _ in brevitas_export._HANDLERS] == counts
+
+
+def test_a_compact_layer_that_computes_something_of_its_own_is_not_taken_for_a_stock_one(tmp_path):
+    class Doubled(CompactLinear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    structure = pb.Mask(torch.eye(8).roll(1, 0) + torch.eye(8))  # which Brevitas' exporters write as a dense layer only
+    for layer, is_written in ((CompactLinear(8, 8, structure), True), (Doubled(8, 8, structure), False)):
+        model = pb.prepare(nn.Sequential(layer), {"0.weight": None})
+        if is_written:
+            pb.export(model, tmp_path / "net.onnx", (torch.randn(2, 8),), "qcdq")
+        else:
+            with pytest.raises(pb.ExportError, match="structure that Brevitas' exporters cannot write"):
+                pb.export(model, tmp_path / "net.onnx", (torch.randn(2, 8),), "qcdq")
