@@ -1,8 +1,8 @@
 """The quantizers that one global scale is compared with, as torch parametrizations of the same weights.
 
 Each stands in front of the latent V of one target, with the structure M of that target, and quantizes the structural
-nonzeros only. What it stores is codes in {-1, 0, 1} and a few float32 scales: `codes_and_scales` gives them, `weight`
-puts them together again, bit for bit.
+nonzeros only. What it stores is codes, small whole numbers, and a few float32 scales: `codes_and_scales` gives them,
+`weight` puts them together again, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ __all__ = [
     "BaselineQuantizer",
     "ChannelWiseSign",
     "FloatWeight",
+    "HalfWeight",
+    "Int8Weight",
     "LayerWiseSign",
     "TernaryAbsMean",
     "TernaryTWN",
@@ -42,7 +44,7 @@ class BaselineQuantizer(StructureInStateDict, nn.Module, ABC):
         StructureError: when a state dict is loaded that was made for another structure.
     """
 
-    bits: ClassVar[int | None]  # of one code: 1 (signs), 2 (ternary); None where the weights stay float32
+    bits: ClassVar[int | None]  # of one code: 1 (signs), 2 (ternary), 8, 16 (float16); None where weights stay float32
     enabled: Tensor
     positions: Tensor | None
     structure: Structure
@@ -125,10 +127,8 @@ class FloatWeight(BaselineQuantizer):
         return codes
 
 
-class _Ternary(BaselineQuantizer):
-    """Codes -1, 0, 1 and one scale a weight; the gradient passes to the latents unchanged, as in both papers."""
-
-    bits = 2
+class _Rounded(BaselineQuantizer):
+    """Codes and at most one scale a weight, both functions of the latents, to which the gradient passes unchanged."""
 
     @override
     def quantize(self, values: Tensor) -> Tensor:
@@ -139,6 +139,54 @@ class _Ternary(BaselineQuantizer):
     @override
     def weight(self, codes: Tensor, scales: Tensor) -> Tensor:
         return codes * scales
+
+
+class HalfWeight(_Rounded):
+    """``V ⊙ M`` rounded to float16.
+
+    Example:
+        >>> from pibinn_plugin.targets import resolve_targets
+        >>> [target] = resolve_targets(nn.Linear(2, 1), {"weight": None})
+        >>> HalfWeight(target)(torch.tensor([[1.0, 1.0001]]))
+        tensor([[1., 1.]])
+    """
+
+    bits = 16
+
+    @override
+    def codes_and_scales(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        return values.half().to(values.dtype), values.new_empty(0)
+
+    @override
+    def weight(self, codes: Tensor, scales: Tensor) -> Tensor:
+        return codes
+
+
+class Int8Weight(_Rounded):
+    """``s round(V / s) ⊙ M`` with ``s = max|V| / 127``: eight bits, symmetric, one scale for each weight.
+
+    Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR
+    2018, with their straight-through gradient and without a zero point, which weights around 0 do not need.
+
+    Example:
+        >>> from pibinn_plugin.targets import resolve_targets
+        >>> [target] = resolve_targets(nn.Linear(3, 1), {"weight": None})
+        >>> Int8Weight(target)(torch.tensor([[-127.0, 0.4, 63.6]]))
+        tensor([[-127.,    0.,   64.]])
+    """
+
+    bits = 8
+
+    @override
+    def codes_and_scales(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        scale = values.abs().amax() / 127
+        return (values / scale.clamp_min(torch.finfo(values.dtype).tiny)).round(), scale.reshape(1)
+
+
+class _Ternary(_Rounded):
+    """Codes -1, 0, 1 and one scale a weight; the gradient passes to the latents unchanged, as in both papers."""
+
+    bits = 2
 
 
 class TernaryTWN(_Ternary):

@@ -18,6 +18,8 @@ from lightning_modules.compare.baselines import (
     BaselineQuantizer,
     ChannelWiseSign,
     FloatWeight,
+    HalfWeight,
+    Int8Weight,
     LayerWiseSign,
     TernaryAbsMean,
     TernaryTWN,
@@ -42,6 +44,8 @@ __all__ = ["BASELINES", "FIXED", "BaselineQAT", "attach_baseline"]
 BASELINES: dict[str, type[BaselineQuantizer]] = {
     "fp32_dense": FloatWeight,
     "fp32": FloatWeight,
+    "fp16": HalfWeight,
+    "int8": Int8Weight,
     "ternary_twn": TernaryTWN,
     "ternary_b158": TernaryAbsMean,
     "channel_wise": ChannelWiseSign,

@@ -2,9 +2,9 @@
 
 One safetensors file in the layout of `pibinn_plugin.storage.packed_file`, with as short a header: the codes of all
 weights in one tensor, their scales in another, the distinct structures in a third, every float parameter under its own
-name; names in ranges where weights are alike. Signs take one bit, ternary codes 1.6 (five to a byte, base 3) or 2. A
-``zero_bit`` file has no weights, only the structure of those that are masked: the weights are those that the
-constructor of the solver makes.
+name; names in ranges where weights are alike. Signs take one bit, ternary codes 1.6 (five to a byte, base 3) or 2,
+``int8`` weights 8 and ``fp16`` ones 16. A ``zero_bit`` file has no weights, only the structure of those that are
+masked: the weights are those that the constructor of the solver makes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from pibinn_plugin.targets import resolve_targets
 __all__ = ["StoredSize", "load_baseline", "pack_trits", "save_baseline", "stored_size", "unpack_trits"]
 
 _CODES, _SCALES, _STRUCTURES = "baseline.codes", "baseline.scales", "baseline.structures"
+_DTYPES = {8: torch.int8, 16: torch.float16}  # by the bits of a code
 _TRITS_A_BYTE = {3: 5, 4: 4}  # by base: 243 of 256 values used, or two bits each
 
 
@@ -224,10 +225,14 @@ def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _pack(codes: Tensor, bits: int | None, trit_base: int) -> Tensor:
     if bits is None:
         return codes.float()
+    if bits >= 8:
+        return codes.to(_DTYPES[bits]).view(torch.uint8)
     return pack_bits(codes >= 0) if bits == 1 else pack_trits(codes, trit_base)
 
 
 def _unpack(packed: Tensor, bits: int | None, count: int, trit_base: int) -> Tensor:
     if bits is None:
         return packed
+    if bits >= 8:
+        return packed.view(_DTYPES[bits])
     return unpack_bits(packed, count) * 2.0 - 1.0 if bits == 1 else unpack_trits(packed, count, trit_base)

@@ -10,18 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ArtifactAugmentation", "Distortions", "compress", "high_pass"]
+__all__ = ["ArtifactAugmentation", "Distortions", "compress", "high_pass", "low_pass"]
 
 
 class Distortions(NamedTuple):
     """What is done to each of some artifact epochs.
 
-    ``compression`` and ``cutoff`` (Hz) have the shape (epochs,), ``floor`` (epochs, samples) is white noise in units of
-    the root mean square of its epoch.
+    ``other`` are the row numbers of the epochs that are added to them, ``share`` how much of these, in root mean
+    squares; ``lowest`` and ``highest`` are cutoffs in Hz. All these and ``compression`` have the shape (epochs,).
+    ``floor``, (epochs, samples), is white noise in units of the root mean square of its epoch.
     """
 
+    other: Tensor
+    share: Tensor
     compression: Tensor
-    cutoff: Tensor
+    lowest: Tensor
+    highest: Tensor
     floor: Tensor
 
     def of(self, rows: list[int]) -> Distortions:
@@ -31,53 +35,79 @@ class Distortions(NamedTuple):
 
 @dataclass(frozen=True)
 class ArtifactAugmentation:
-    """Random compression in time, high-pass and white floor of artifact epochs, each uniform in its range.
+    """Artifact epochs in pairs, at other speeds, behind other amplifiers: each draw is uniform in its range.
 
-    Amplifiers differ in their high-pass, subjects in how fast their eyes move, and a smooth recording has less noise
-    than most. A network that has seen one laboratory's artifacts only takes its high-pass for a property of eyes.
+    Amplifiers differ in the band that they pass, subjects in how fast and how often their eyes move, and a smooth
+    recording has less noise than most. A network that has seen one laboratory's artifacts only takes its filters for a
+    property of eyes.
 
     Args:
+        mixing: the most of another epoch that is added, in root mean squares of the first; half of the epochs get none.
         compression: least and most; 2 plays an epoch at twice its speed, continued by its mirror image.
         high_pass: least and highest cutoff of a first-order high-pass, in Hz.
+        low_pass: least and highest cutoff of a low-pass, in Hz, for half of the epochs.
         floor: the most root mean square of the white noise, as a fraction of that of the epoch; the least is 0.
 
     Raises:
         ValueError: a range that is not one.
 
     Example:
-        >>> augmentation = ArtifactAugmentation()
-        >>> distortions = augmentation.draw(np.random.default_rng(0), epochs=3, samples=512)
-        >>> augmentation(torch.randn(3, 512), distortions, sampling_rate=256.0).shape
+        >>> augmentation, epochs = ArtifactAugmentation(), torch.randn(10, 512)
+        >>> distortions = augmentation.draw(np.random.default_rng(0), draws=3, epochs=10, samples=512)
+        >>> augmentation(epochs, torch.tensor([4, 1, 4]), distortions, sampling_rate=256.0).shape
         torch.Size([3, 512])
     """
 
-    compression: tuple[float, float] = (1.0, 2.2)
-    high_pass: tuple[float, float] = (0.3, 0.8)
+    mixing: float = 1.0
+    compression: tuple[float, float] = (0.8, 3.0)
+    high_pass: tuple[float, float] = (0.1, 1.2)
+    low_pass: tuple[float, float] = (8.0, 30.0)
     floor: float = 0.06
 
     def __post_init__(self) -> None:
-        ranges = (self.compression, self.high_pass)
-        if not all(len(pair) == 2 and 0 <= pair[0] <= pair[1] < math.inf for pair in ranges) or not self.compression[0]:
+        ranges = (self.compression, self.high_pass, self.low_pass)
+        are_ranges = all(len(pair) == 2 and 0 <= pair[0] <= pair[1] < math.inf for pair in ranges)
+        if not are_ranges or not (self.compression[0] and self.low_pass[0]):
             raise ValueError(
-                f"compression={self.compression}, high_pass={self.high_pass}: each is a (least, most) of finite "
-                f"numbers, those of compression above 0, those of high_pass at least 0"
+                f"compression={self.compression}, high_pass={self.high_pass}, low_pass={self.low_pass}: each is a "
+                f"(least, most) of finite numbers, those of high_pass at least 0, all others above 0"
             )
-        if not 0 <= self.floor < math.inf:
-            raise ValueError(f"floor={self.floor}: it is a fraction of the root mean square, at least 0")
+        if not (0 <= self.floor < math.inf and 0 <= self.mixing < math.inf):
+            raise ValueError(
+                f"mixing={self.mixing}, floor={self.floor}: they are fractions of the root mean square, at least 0"
+            )
 
-    def draw(self, random: np.random.Generator, epochs: int, samples: int) -> Distortions:
-        """Distortions of some epochs."""
-        compression, cutoff, level = (
-            torch.from_numpy(random.uniform(*pair, size=epochs).astype(np.float32))
-            for pair in (self.compression, self.high_pass, (0.0, self.floor))
+    def draw(self, random: np.random.Generator, draws: int, epochs: int, samples: int) -> Distortions:
+        """Distortions of as many draws from some epochs."""
+        ranges = ((-self.mixing, self.mixing), self.compression, self.high_pass, self.low_pass, (0.0, self.floor))
+        share, compression, lowest, highest, level = (
+            torch.from_numpy(random.uniform(*pair, size=draws).astype(np.float32)) for pair in ranges
         )
-        noise = torch.from_numpy(random.standard_normal((epochs, samples), dtype=np.float32))
-        return Distortions(compression, cutoff, level.unsqueeze(1) * noise)
+        highest[torch.from_numpy(random.random(draws) < 0.5)] = math.inf
+        noise = torch.from_numpy(random.standard_normal((draws, samples), dtype=np.float32))
+        other = torch.from_numpy(random.integers(epochs, size=draws))
+        return Distortions(other, share.clamp_min(0), compression, lowest, highest, level.unsqueeze(1) * noise)
 
-    def __call__(self, artifacts: Tensor, distortions: Distortions, sampling_rate: float) -> Tensor:
-        """Distorted epochs, shape (epochs, samples) as given, at a sampling rate in Hz."""
-        distorted = high_pass(compress(artifacts, distortions.compression), distortions.cutoff, sampling_rate)
-        return distorted + distorted.square().mean(1, keepdim=True).sqrt() * distortions.floor
+    def __call__(self, epochs: Tensor, rows: Tensor, distortions: Distortions, sampling_rate: float) -> Tensor:
+        """Distorted artifacts, shape (rows, samples).
+
+        Args:
+            epochs: shape (epochs, samples).
+            rows: the numbers of those that are distorted, shape (rows,).
+            distortions: of each of them.
+            sampling_rate: in Hz.
+        """
+        first, second = epochs[rows], epochs[distortions.other]
+        mixed = first + distortions.share.unsqueeze(1) * _size(first) / _size(second) * second
+        compressed = compress(mixed, distortions.compression)
+        passed = high_pass(compressed, distortions.lowest, sampling_rate)
+        distorted = low_pass(passed, distortions.highest, sampling_rate)
+        return distorted + _size(distorted) * distortions.floor
+
+
+def _size(signals: Tensor) -> Tensor:
+    """Root mean squares, shape (signals, 1)."""
+    return signals.square().mean(1, keepdim=True).sqrt()
 
 
 def compress(signals: Tensor, factors: Tensor) -> Tensor:
@@ -116,3 +146,21 @@ def high_pass(signals: Tensor, cutoffs: Tensor, sampling_rate: float) -> Tensor:
     passed = 1 / torch.complex(torch.ones_like(delay), -delay)
     spectra = torch.fft.rfft(signals)
     return torch.fft.irfft(torch.cat([torch.zeros_like(spectra[:, :1]), spectra[:, 1:] * passed], dim=1), n=samples)
+
+
+def low_pass(signals: Tensor, cutoffs: Tensor, sampling_rate: float) -> Tensor:
+    """Signals behind a Butterworth low-pass of order 4, run forth and back: ``1 / (1 + (f / cutoff)^8)`` at f.
+
+    Args:
+        signals: shape (signals, samples), taken as periodic.
+        cutoffs: shape (signals,), in Hz; infinity lets everything through.
+        sampling_rate: in Hz.
+
+    Example:
+        >>> low_pass(torch.tensor([[2.0, 0.0, 2.0, 0.0]]), torch.tensor([2.0]), 4.0)
+        tensor([[1.5000, 0.5000, 1.5000, 0.5000]])
+    """
+    samples = signals.shape[1]
+    frequencies = torch.fft.rfftfreq(samples, 1 / sampling_rate)
+    passed = 1 / (1 + (frequencies / cutoffs.unsqueeze(1)) ** 8)
+    return torch.fft.irfft(torch.fft.rfft(signals) * passed, n=samples)

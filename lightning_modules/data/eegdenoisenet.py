@@ -143,7 +143,7 @@ class FreshMixtures(Dataset[Batch]):
         if self.augmentation is None:
             return None
         random = np.random.default_rng([self.seed, epoch, 1])
-        return self.augmentation.draw(random, len(self.clean), self.artifacts.shape[1])
+        return self.augmentation.draw(random, len(self.clean), *self.artifacts.shape)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Return a batch (y, x) of mixtures of one epoch, each (len(indices), samples)."""
@@ -153,9 +153,10 @@ class FreshMixtures(Dataset[Batch]):
         _, pairing, distortions = self._current
         rows = [index - epoch * len(self) for index in indices]
         clean, artifact, snr_db = (column[rows] for column in pairing)
-        artifacts = self.artifacts[artifact]
-        if self.augmentation is not None and distortions is not None:
-            artifacts = self.augmentation(artifacts, distortions.of(rows), SAMPLING_RATE)
+        if self.augmentation is None or distortions is None:
+            artifacts = self.artifacts[artifact]
+        else:
+            artifacts = self.augmentation(self.artifacts, artifact, distortions.of(rows), SAMPLING_RATE)
         return mix(self.clean[clean], artifacts, snr_db)
 
     def __getitem__(self, index: int) -> Batch:

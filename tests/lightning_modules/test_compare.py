@@ -197,7 +197,7 @@ def test_rows_by_name(names):
     rows = read_rows(names)
     assert [row.name for row in rows] == [row.quantizer for row in rows]
     assert {"fp32", "global"} <= {row.name for row in rows}
-    assert len(rows) == (len(names) or 10)
+    assert len(rows) == (len(names) or 12)
 
 
 def test_the_committed_rows_can_be_read():

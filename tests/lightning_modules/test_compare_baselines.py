@@ -20,13 +20,18 @@ from lightning_modules.compare.parq import PARQ
 from pibinn_plugin.initialization import SOLUTIONS, SignsFromPairs, start_float_weights
 from pibinn_plugin.nn import BandedLinear, BlockDiagonalLinear
 
-QUANTIZED = ["ternary_twn", "ternary_b158", "channel_wise", "layer_wise"]
+QUANTIZED = ["fp16", "int8", "ternary_twn", "ternary_b158", "channel_wise", "layer_wise"]
 TARGETS = {"weight": None}
 
 
 def reference(quantizer, dense, mask):
     """The definitions, written for one dense matrix in float64 with loops where a scale belongs to a row."""
     inside = np.abs(dense[mask])
+    if quantizer == "fp16":
+        return np.where(mask, dense.astype(np.float16), 0.0)
+    if quantizer == "int8":
+        scale = np.float32(inside.max()) / np.float32(127)
+        return np.where(mask, np.round(np.float32(dense) / scale) * scale, 0.0)
     if quantizer == "ternary_twn":
         kept = mask & (np.abs(dense) > 0.7 * inside.mean())
         return np.where(kept, np.sign(dense) * np.abs(dense[kept]).mean(), 0.0)
@@ -104,8 +109,8 @@ def upstream_gradient(layer):
     return upstream
 
 
-@pytest.mark.parametrize("quantizer", ["ternary_twn", "ternary_b158", "fp32"])
-def test_gradients_of_ternary_weights_pass_unchanged_inside_the_structure(quantizer):
+@pytest.mark.parametrize("quantizer", ["fp16", "int8", "ternary_twn", "ternary_b158", "fp32"])
+def test_gradients_of_rounded_weights_pass_unchanged_inside_the_structure(quantizer):
     layer, structure = nn.Linear(8, 6), pb.BlockDiagonal(2)
     attach_baseline(layer, {"weight": structure}, quantizer)
     upstream = upstream_gradient(layer)
@@ -212,9 +217,15 @@ def test_training_moves_latents_and_ends_quantized(quantizer):
     assert not torch.equal(module.layer.parametrizations.weight.original, Regression().layer.weight)
     assert not torch.equal(module.seen[0], module.seen[-1])
     magnitudes = len(module.layer.weight.detach().abs().unique())
-    fewest, most = {"fp32": (10, 32), "fp32_dense": (10, 128), "channel_wise": (8, 8), "layer_wise": (1, 1)}.get(
-        quantizer, (1, 2)
-    )
+    ternary, floats = (1, 2), (10, 32)
+    fewest, most = {
+        "fp32": floats,
+        "fp16": floats,
+        "int8": floats,
+        "fp32_dense": (10, 128),
+        "channel_wise": (8, 8),
+        "layer_wise": (1, 1),
+    }.get(quantizer, ternary)
     assert fewest <= magnitudes <= most
 
 

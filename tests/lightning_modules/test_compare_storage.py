@@ -90,6 +90,8 @@ def test_masks_bands_and_convolutions_come_back(tmp_path, quantizer):
     [
         ("fp32_dense", 3 * 32 * 16 * 32 + 8),
         ("fp32", 3 * 256 * 32 + 48),
+        ("fp16", 3 * 256 * 16 + 48),
+        ("int8", 3 * (256 * 8 + 32) + 48),
         ("ternary_twn", 3 * (8 * 52 + 32) + 48),  # 256 trits in 52 bytes
         ("ternary_b158", 3 * (8 * 52 + 32) + 48),
         ("channel_wise", 3 * (256 + 32 * 32) + 48),  # two blocks of 16 rows
