@@ -26,8 +26,8 @@ class SolverModule(pl.LightningModule):
     """Train a solver on batches ``(y, x)`` with Adam and a cosine schedule to zero.
 
     Three groups of parameters have learning rates of their own: weights (latents, once `TwoStageQAT` has prepared the
-    module), the scalars of the algorithm (step sizes, thresholds), and λ, or the ``scales`` of a baseline quantizer,
-    whose rate is relative to their largest value.
+    module, and the scales of channels in a baseline's weights), the scalars of the algorithm (step sizes, thresholds),
+    and λ.
 
     Args:
         solver: a module that maps y, shape (batch, measurements), to an estimate of x, shape (batch, unknowns).
@@ -139,19 +139,16 @@ class SolverModule(pl.LightningModule):
         weights, scalars, scales = [], [], []
         scale_ids = {id(module.value) for module in self.modules() if isinstance(module, GlobalScale)}
         for name, parameter in self.named_parameters():
-            if id(parameter) in scale_ids or name.rpartition(".")[2] == "scales":
+            if id(parameter) in scale_ids:
                 scales.append(parameter)
             # "original" is what a torch parametrization calls the parameter behind a weight.
-            elif name.rpartition(".")[2] in ("weight", "original"):
+            elif name.rpartition(".")[2] in ("weight", "original", "scales"):
                 weights.append(parameter)
             else:
                 scalars.append(parameter)
         yield weights, self.learning_rate
         yield scalars, self.scalar_learning_rate
-        yield (
-            scales,
-            self.scale_learning_rate * max((float(scale.detach().abs().max()) for scale in scales), default=1.0),
-        )
+        yield scales, self.scale_learning_rate * max((float(scale.detach().abs()) for scale in scales), default=1.0)
 
 
 def _checked(batch: Batch) -> Batch:
