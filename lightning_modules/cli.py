@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -23,6 +22,7 @@ from lightning_modules.compare.command import main as compare
 from lightning_modules.data.files import DataFileError
 from lightning_modules.mirror_frames import main as frames
 from lightning_modules.modules import SolverModule
+from lightning_modules.quiet import ignore_hints
 from lightning_modules.solver_cli import SolverCLI
 from lightning_modules.trainer import SolverTrainer
 from pibinn_plugin import PIBiNNError
@@ -36,9 +36,7 @@ _USER_ERRORS = (PIBiNNError, DataFileError, MisconfigurationException, OSError, 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; an error that the user can mend is one line on stderr and the exit status 2."""
-    # Lightning's own use of torch, and a hint that is wrong for data in memory.
-    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    ignore_hints()
     arguments = sys.argv[1:] if args is None else list(args)
     try:
         if arguments[:1] == ["compare"]:

@@ -57,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="of all results (runs/compare)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (1)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="RUNS",
+        help="how many are trained at a time, each in a process of its own with so many threads; -1: one on each "
+        "processor (1). The results are the same; times are taken beside the other runs",
+    )
     return parser
 
 
@@ -75,15 +82,19 @@ def main(args: Sequence[str]) -> None:
         )
     if find_spec("matplotlib") is None:  # now, not when hours of training are done
         raise MisconfigurationException("a comparison ends with a plot: pip install pibinn-plugin[plot]")
-    comparison = compare(
-        [*options, f"--threads={own.threads}"],
-        read_rows(own.rows),
-        range(own.seeds),
-        own.learning_rates,
-        own.folder,
-        lambda line: print(line, flush=True),
-        own.seeded,
-    )
+    try:
+        comparison = compare(
+            [*options, f"--threads={own.threads}"],
+            read_rows(own.rows),
+            range(own.seeds),
+            own.learning_rates,
+            own.folder,
+            lambda line: print(line, flush=True),
+            own.seeded,
+            own.jobs,
+        )
+    except KeyboardInterrupt as error:
+        raise SystemExit("stopped; the same command goes on with what is not finished") from error
     print(terminal_table(comparison))
     plot = plot_error_against_bits(comparison, own.folder / "error_against_bits.png")
     path = own.folder / "RESULTS.md"

@@ -20,7 +20,7 @@ LEGEND = (
     "five codes in a byte; in brackets with two bits a code. zero_bit: the weights that the constructor of the solver "
     "makes, of which nothing is stored; oracle: the operator that the others have to learn. train: seconds on the "
     "machine below; inference: µs of one example on one thread, the median; global runs on its packed signs, the "
-    "others on weights unpacked to fp32."
+    "others on weights unpacked to fp32. Times are taken where a run trains, beside others when several do at once."
 )
 
 

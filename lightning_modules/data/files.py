@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from pibinn_plugin.errors import one_line
 
@@ -35,8 +36,13 @@ class DataFileError(ValueError):
     """
 
     def __init__(self, path: Path, found: str, expected: str, remedy: str) -> None:
-        super().__init__(one_line(f"{path}: found {found}; expected {expected}. {remedy}"))
+        super().__init__(path, found, expected, remedy)  # of which pickle makes it again in another process
         self.path = path
+
+    @override
+    def __str__(self) -> str:
+        path, found, expected, remedy = self.args
+        return one_line(f"{path}: found {found}; expected {expected}. {remedy}")
 
 
 def read_epochs(path: str | Path, samples: int) -> npt.NDArray[np.float32]:

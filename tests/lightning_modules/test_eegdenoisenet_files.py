@@ -23,6 +23,8 @@ def test_absent_artifact_file_is_named(folder):
     with pytest.raises(DataFileError, match=r"EMG_all_epochs\.npy: found no such file") as error:
         loaded(folder, artifact="EMG")
     assert error.value.path == folder / "EMG_all_epochs.npy"
+    from_another_process = pickle.loads(pickle.dumps(error.value))
+    assert (str(from_another_process), from_another_process.path) == (str(error.value), error.value.path)
 
 
 def test_double_precision_file_is_accepted(folder):
