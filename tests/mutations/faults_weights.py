@@ -244,7 +244,8 @@ FAULTS = [
     Fault("kept.py", "and weight.data_ptr() == self._weight_address", "", "kept"),
     Fault("kept.py", "        and not scale.is_inference()\n", "", "kept"),
     Fault("kept.py", "torch.inference_mode(False), ", "", "kept"),
-    Fault("packed.py", 'return {**vars(self), "_kept": None}', "return dict(vars(self))", "kept"),
+    Fault("packed.py", '{**vars(self), "_kept": None, "_words": None}', '{**vars(self), "_words": None}', "kept"),
+    Fault("packed.py", '{**vars(self), "_kept": None, "_words": None}', '{**vars(self), "_kept": None}', "kept_words"),
     Fault("packed.py", "bias is None or bias.dtype is torch.float32", "True", "can_run"),
     Fault("parametrized.py", " and len(chain._modules) == 1\n", "\n", "kept packed_layers foreign_networks"),
 ]
