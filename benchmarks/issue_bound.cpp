@@ -33,14 +33,17 @@ extern "C" void lookups_in_registers(long lookups) {
   Words index[CHAINS] = {};
   for (int i = 0; i < LANES; i++) table[i] = (float)i;
   for (long n = 0; n < lookups; n += CHAINS) {
+#pragma GCC unroll 16
     for (int j = 0; j < CHAINS; j++) {
+      Words words = index[j];
 #if LANES == 16
-      sums[j] += (Floats)_mm512_permutexvar_ps((__m512i)index[j], (__m512)table);
+      Floats sum = sums[j] + (Floats)_mm512_permutexvar_ps((__m512i)words, (__m512)table);
 #else
-      sums[j] += (Floats)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index[j]);
+      Floats sum = sums[j] + (Floats)_mm256_permutevar8x32_ps((__m256)table, (__m256i)words);
 #endif
-      index[j] >>= 3;
-      asm volatile("" : "+x"(index[j]), "+x"(sums[j]));
+      words >>= 3;
+      asm volatile("" : "+v"(words), "+v"(sum));  // of variables: elements of an array would stay in memory
+      index[j] = words, sums[j] = sum;
     }
   }
 #endif

@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 import pibinn_plugin as pb
 from lightning_modules.machine import machine
 from pibinn_plugin.functional import kernel
+from pibinn_plugin.kernel import native
 from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packed import UnpackSigns, multiply_bits, read_from_bits
 from pibinn_plugin.packing import PackedSigns, unpack_signs
@@ -34,6 +37,7 @@ from pibinn_plugin.structure.sparse_rows import sparse_rows
 RESULTS = Path(__file__).parent / "results" / "products.md"
 CASES = [
     (64, 512, 512, 1),
+    (64, 512, 512, 8),
     (64, 512, 512, 64),
     (64, 256, 128, 512),
     (64, 512, 256, 512),
@@ -42,7 +46,8 @@ CASES = [
     (8, 512, 512, 64),
 ]
 DENSE_ELEMENTS = 2**24  # the largest weight that the dense peers are given
-SECONDS = 8.0  # of a case: as many rounds as fit
+OUT_OF_CACHE = 2**26  # bytes of weights that take turns: twice the last cache of this machine
+SECONDS = 4.0  # of a case: as many rounds as fit
 COMPILED = {(8, 64, 32, 1), (8, 512, 512, 64)}  # compiling takes longer than all other measurements of a case
 PATTERNS = {  # of a 512 × 512 weight
     "mask, 2 %": lambda: pb.Mask(torch.rand(512, 512) < 0.02),
@@ -55,11 +60,19 @@ LOOKUPS = 1_000_000
 COLUMNS_IN_MEMORY, COLUMNS_IN_REGISTERS = 32 / 6, {8: 3, 16: 4}  # of a lookup, the latter by lanes
 
 NOTES = (
-    "Exact float32 products, called as operators from Python. The bound is what one core does in a loop of lookups and",
+    "Exact float32 products, called as operators from Python, with bits that were laid out before as layers keep them,",
+    "warm: each turn begins with a product that is not timed. The bound is what one core does in a loop of lookups and",
     "additions alone, from the first cache or (batches below a vector) from registers. The columns after it are peers",
     "on the same shapes: how many times longer they take than the kernel, medians of interleaved runs. `torch.bmm` has",
     "its weight in the layout that is fastest for it, and its input cut into blocks beforehand. Dense peers run where",
-    "the dense weight fits. The bound counts neither finding an entry nor building the tables.",
+    "the dense weight fits. The bound counts neither finding an entry nor building the tables. Times are those of the",
+    "processor, so that other work on it counts little; for two threads, those of a clock.",
+)
+NOTES_ON_CACHES = (
+    "The same products with the same weight again, in the caches (warm), and with copies of the weight in turns, which",
+    "take 64 MiB or more together and come from memory each time. Stored bits are staged by each product, as in",
+    "compiled code and by `functional.packed_linear`. The columns after the kernel's say how many times longer these",
+    "take than it, with the same state of the caches.",
 )
 NOTES_ON_PATTERNS = (
     "Masks and bands of 512 × 512, as packed layers. The index is what the kernel reads beside the bits; it is derived",
@@ -99,37 +112,63 @@ class Case:
         bits = torch.randint(256, (-(-blocks * rows * columns // 8),), dtype=torch.uint8)
         self.packed = PackedSigns(bits, self.structure, self.shape)
         self.layer = packed_layer(self.packed)
+        words = native.prepare(bits, (rows, columns), self.packed.nnz)
+        self.words = bits if words is None else words
         self.x = torch.randn(batch, blocks * columns)
 
     def kernel(self) -> Tensor:
-        """The operator, as called from Python."""
+        """The operator, as called from Python and as a layer calls it."""
+        return self.multiply(self.words)
+
+    def multiply(self, bits: Tensor) -> Tensor:
+        """The operator, for bits as they are stored or as they were laid out."""
         _, rows, columns = self.sizes
-        return torch.ops.pibinn.packed_linear.default(
-            self.x, self.packed.bits, self.layer._rule.scale.value, rows, columns
-        )
+        return torch.ops.pibinn.packed_linear.default(self.x, bits, self.layer._rule.scale.value, rows, columns)
 
     def plain(self, x: Tensor) -> Tensor:
         """The reference in torch operations."""
         signs = unpack_signs(self.packed.bits, self.structure.compact_shape(self.shape), x.dtype)
         return self.structure.linear(x, signs, self.shape) * self.layer._rule.scale.value
 
-    def functions(self) -> dict[str, Function]:
-        """The kernel and its peers."""
+    def products(self) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+        """The kernel, on stored bits too, and what one would write in float: each a function of a weight, and that."""
         blocks, rows, columns = self.sizes
         parts, weight = self.x.view(-1, blocks, columns).transpose(0, 1), torch.randn(blocks, columns, rows)
-        half_parts, half = parts.bfloat16(), weight.bfloat16()
-        functions: dict[str, Function] = {
-            "kernel": self.kernel,
-            "bmm fp32": lambda: torch.bmm(parts, weight),
-            "bmm bf16": lambda: torch.bmm(half_parts, half),
-            "plain torch": lambda: self.plain(self.x),
+        half_parts = parts.bfloat16()
+        return {
+            "kernel": (self.multiply, self.words),
+            "stored bits": (self.multiply, self.packed.bits),
+            "bmm fp32": (lambda weight: torch.bmm(parts, weight), weight),
+            "bmm bf16": (lambda weight: torch.bmm(half_parts, weight), weight.bfloat16()),
         }
+
+    def functions(self) -> dict[str, Function]:
+        """The kernel and its peers."""
+        functions = warm(self.products()) | {"plain torch": lambda: self.plain(self.x)}
         if (*self.sizes, self.batch) in COMPILED:
             compiled = torch.compile(self.plain, fullgraph=True)
             functions["plain compiled"] = lambda: compiled(self.x)
         if self.shape[0] * self.shape[1] <= DENSE_ELEMENTS:
             functions |= dense_peers(self.packed.weight(torch.tensor([0.5]), False, torch.float32), self.x, self.sizes)
         return functions
+
+
+def warm(products: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]) -> dict[str, Function]:
+    """Each product with the same weight again."""
+    return {name: partial(product, weight) for name, (product, weight) in products.items()}
+
+
+def in_turns(products: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]) -> dict[str, Function]:
+    """Each product with one copy of its weight after the other, more of them than the caches hold."""
+
+    def next_product(product: Callable[[Tensor], Tensor], weights: Iterator[Tensor]) -> Tensor:
+        return product(next(weights))
+
+    functions: dict[str, Function] = {}
+    for name, (product, weight) in products.items():
+        copies = [weight.clone() for _ in range(max(2, -(-OUT_OF_CACHE // weight.nbytes)))]
+        functions[name] = partial(next_product, product, itertools.cycle(copies))
+    return functions
 
 
 class PatternCase:
@@ -171,7 +210,7 @@ class IssueBound:
 
     def loop(self, batch: int) -> tuple[Function, float]:
         """A loop, and the multiply-adds that one call of it stands for."""
-        if batch > self.lanes or self.lanes == 4:
+        if batch >= self.lanes or self.lanes == 4:
             return lambda: self.loops.lookups_in_memory(LOOKUPS), LOOKUPS * self.lanes * COLUMNS_IN_MEMORY
         return lambda: self.loops.lookups_in_registers(LOOKUPS), LOOKUPS * self.lanes * COLUMNS_IN_REGISTERS[self.lanes]
 
@@ -189,7 +228,7 @@ def table_of_products() -> list[str]:
     for sizes in CASES:
         case = Case(*sizes)
         loop, macs_of_loop = issue_bound.loop(case.batch)
-        samples = interleaved({**case.functions(), "bound": loop}, SECONDS)
+        samples = interleaved({**case.functions(), "bound": loop}, SECONDS, time.process_time, warm=True)
         medians = {name: statistics.median(values) for name, values in samples.items()}
         low, _, high = statistics.quantiles(samples["kernel"], n=4)
         rate, bound = case.macs / medians["kernel"], macs_of_loop / medians.pop("bound")
@@ -218,12 +257,32 @@ def table_of_products() -> list[str]:
     return lines
 
 
+def table_of_caches() -> list[str]:
+    """One row a case: the kernel and its float peers with weights in the caches and with weights from memory."""
+    names = ["stored bits", "bmm fp32", "bmm bf16"]
+    header = ["blocks × rows × columns, batch", *(f"kernel, µs, {caches}" for caches in ("warm", "in turns"))]
+    header += [f"{name}, {caches}" for name in names for caches in ("warm", "in turns")]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for *sizes, batch in CASES:
+        if batch > 64:  # which hide the weights behind the work
+            continue
+        products = Case(*sizes, batch).products()
+        medians = []
+        for functions, is_warm in ((warm(products), True), (in_turns(products), False)):
+            samples = interleaved(functions, SECONDS / 2, time.process_time, warm=is_warm)
+            medians.append({name: statistics.median(values) for name, values in samples.items()})
+        cells = [" × ".join(map(str, sizes)) + f", {batch}", *(f"{each['kernel'] * 1e6:,.1f}" for each in medians)]
+        cells += [f"{each[name] / each['kernel']:.2f}" for name in names for each in medians]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def table_of_patterns() -> list[str]:
     """One row a pattern and batch: the layer, then how many times longer its adjoint and each peer take."""
     lines: list[str] = []
     for (name, structure), batch in itertools.product(PATTERNS.items(), (1, 64)):
         case = PatternCase(structure(), batch)
-        samples = interleaved(case.functions(), SECONDS)
+        samples = interleaved(case.functions(), SECONDS, time.process_time)
         medians = {peer: statistics.median(values) for peer, values in samples.items()}
         low, time_of_layer, high = statistics.quantiles(samples["layer"], n=4)
         index = sparse_rows(case.structure, case.shape)
@@ -247,15 +306,19 @@ def table_of_other_bars() -> list[str]:
     """The layer as a module, shapes that fit no vector, and two threads."""
     lines = ["| what | median ratio |", "|---|---|"]
     small, product = Case(8, 64, 32, 1), BlockProduct(8, 64, 32)
-    samples = interleaved({"layer": lambda: small.layer(small.x), "bmm": lambda: product(small.x)}, SECONDS)
+    samples = interleaved(
+        {"layer": lambda: small.layer(small.x), "bmm": lambda: product(small.x)}, SECONDS, time.process_time
+    )
     lines.append(
         f"| 8 × 64 × 32, batch 1, as modules: bmm fp32 / packed layer | {_ratio(samples, 'bmm', 'layer'):.2f} |"
     )
     for batch in (1, 64):
         odd, even = Case(7, 250, 333, batch), Case(7, 256, 352, batch)
-        samples = interleaved({"odd": odd.kernel, "even": even.kernel}, SECONDS)
+        samples = interleaved({"odd": odd.kernel, "even": even.kernel}, SECONDS, time.process_time)
         ratio = _ratio(samples, "even", "odd") * odd.macs / even.macs
         lines.append(f"| 7 × 250 × 333, batch {batch}: its rate / that of 7 × 256 × 352 | {ratio:.2f} |")
+    if os.getloadavg()[0] > 1.5:  # of which the measurement itself is one
+        return [*lines, "| two threads | not measured: other work has the cores |"]
     for sizes in ((64, 512, 512, 1), (64, 512, 512, 64), (64, 512, 256, 512)):
         name = f"{sizes[0]} × {sizes[1]} × {sizes[2]}, batch {sizes[3]}"
         lines.append(f"| {name}: one thread / two threads | {speedup_of_two_threads(Case(*sizes)):.2f} |")
@@ -286,7 +349,7 @@ def main() -> None:
     """Measure and write the tables."""
     torch.set_num_threads(1)
     with torch.no_grad():
-        bandwidth, products = copy_bandwidth(), table_of_products()
+        bandwidth, products, caches = copy_bandwidth(), table_of_products(), table_of_caches()
         patterns, others = table_of_patterns(), table_of_other_bars()
     lines = [
         "# Products with one-bit weights",
@@ -297,6 +360,10 @@ def main() -> None:
         f"A copy moves {bandwidth / 1e9:.1f} GB/s; load average of the machine at the end: {os.getloadavg()[0]:.1f}.",
         "",
         *products,
+        "",
+        *NOTES_ON_CACHES,
+        "",
+        *caches,
         "",
         *NOTES_ON_PATTERNS,
         "",

@@ -3,7 +3,7 @@
 The module stays the object that it was, with its class, attributes and hooks; ``module.weight`` is still W. That is all
 a packed network needs. `multiply_bits` is put on last, where a layer is exactly a stock one: it then multiplies its
 bits as they are, the same values faster. Weights that are read (convolutions, raw parameters) are kept unpacked for
-inference, see `keep_unpacked`.
+inference, and bits that are multiplied are kept in the order of their use, see `keep_unpacked`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing_extensions import override
 
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.functional import packed_linear, packed_linear_adjoint, packed_linear_int8
-from pibinn_plugin.kept import KeptWeight, can_be_kept
+from pibinn_plugin.kept import KeptWeight, KeptWords, can_be_kept, can_be_laid_out
 from pibinn_plugin.kernel import native
-from pibinn_plugin.kernel.native import Layout
+from pibinn_plugin.kernel.native import Blocks, Layout
 from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.parametrized import parametrize_by, set_class_before
@@ -52,6 +52,7 @@ class UnpackSigns(OneBitRule):
         self.dtype = dtype
         self.keeps_weight = True
         self._kept: KeptWeight | None = None
+        self._words: KeptWords | None = None
 
     @override
     def forward(self, bits: Tensor) -> Tensor:
@@ -87,6 +88,19 @@ class UnpackSigns(OneBitRule):
         self._kept = kept
         return None if kept is None else kept.weight
 
+    def kept_words(self, bits: Tensor, blocks: Blocks) -> Tensor:
+        """What a product with these blocks takes: the bits laid out for it where that is kept, or else as they are."""
+        if torch.compiler.is_dynamo_compiling():
+            return bits
+        kept = self._words  # once: another thread may drop it
+        if kept is None or not kept.is_of(bits):
+            kept = None
+            if self.keeps_weight and can_be_laid_out(bits):
+                count = self.structure.nnz(self.shape)
+                kept = KeptWords(bits, lambda: native.prepare(bits, blocks, count))
+            self._words = kept
+        return bits if kept is None or kept.words is None else kept.words
+
     def _unpack(self, bits: Tensor) -> Tensor:
         scale = self.scale.value
         if self._can_unpack(bits, scale):
@@ -97,23 +111,28 @@ class UnpackSigns(OneBitRule):
 
     @property
     def kept_bytes(self) -> int:
-        """The memory of the unpacked weight that is kept now."""
-        kept = self._kept
-        return 0 if kept is None else kept.weight.nbytes
+        """The memory of what is kept now: the unpacked weight, and the bits laid out for products."""
+        kept, words = self._kept, self._words
+        unpacked = 0 if kept is None else kept.weight.nbytes
+        return unpacked + (0 if words is None or words.words is None else words.words.nbytes)
+
+    def drop_kept(self) -> None:
+        """Give that memory back."""
+        self._kept = self._words = None
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles unpack their weights anew."""
-        return {**vars(self), "_kept": None}
+        """Copies and pickles unpack their weights and lay out their bits anew."""
+        return {**vars(self), "_kept": None, "_words": None}
 
     @override
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._kept = None
+        self.drop_kept()
         super()._load_from_state_dict(*args, **kwargs)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnpackSigns:
-        self._kept = None
+        self.drop_kept()
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.value.device)).dtype
         return self
@@ -220,13 +239,16 @@ class _MultipliesBits(nn.Module):
         More Python than this takes more time than a small product.
         """
         bits = chain._buffers["original"]
-        scale = chain._modules["0"]._scale[0]._parameters["value"]
+        rule = chain._modules["0"]
+        scale = rule._scale[0]._parameters["value"]
         if torch._C._is_any_autocast_enabled() or not native.can_run(input, bits, scale, bias):
             return None
         rows, columns = layout
         kind = type(rows)
         if kind is Tensor:
             rows, columns = native.as_arguments(layout, input)
+        elif not transposed:
+            bits = rule.kept_words(bits, layout)
         return native.FUSED[kind](input, bits, scale, rows, columns, bias, transposed)
 
 
@@ -322,15 +344,16 @@ def keep_unpacked(model: nn.Module, enabled: bool = True) -> None:
     For inference: a weight that is read as a tensor (of a convolution, a raw parameter, whatever multiplies by
     ``module.weight`` itself) is unpacked at its first use and kept until its bits or λ are written to, replaced or
     moved. It takes the memory of the float weight; `unpacked_bytes` counts it. Without, it is unpacked at each use.
-    Linear layers multiply their bits and keep nothing, except for small products and where there is no kernel. State
-    dicts, files, copies and exports hold bits only.
+    Linear layers do so for small products and where there is no kernel. Elsewhere they multiply their bits, and keep
+    them a second time in the order in which products use them: as many bytes again, up to a quarter more where blocks
+    are no multiples of 32, nothing where they are much smaller. State dicts, files, copies and exports hold bits only.
 
     A write that torch does not count, to ``bits.data`` or through numpy, is not seen: call this again after it, which
     drops what was kept.
 
     Args:
         model: what ``convert`` or ``load`` returned; changed in place.
-        enabled: False drops the weights that are kept and keeps no more.
+        enabled: False drops what is kept and keeps no more.
 
     Example:
         >>> import pibinn_plugin as pb
@@ -345,11 +368,12 @@ def keep_unpacked(model: nn.Module, enabled: bool = True) -> None:
     """
     for module in model.modules():
         if isinstance(module, UnpackSigns):
-            module.keeps_weight, module._kept = enabled, None
+            module.keeps_weight = enabled
+            module.drop_kept()
 
 
 def unpacked_bytes(model: nn.Module) -> int:
-    """The memory of the unpacked weights that a packed model keeps now; 0 before its first use.
+    """The memory of the unpacked weights and laid out bits that a packed model keeps now; 0 before its first use.
 
     Beside it there are the bits, and a copy of them with which compiled code finds out whether they changed.
     `keep_unpacked` has an example.

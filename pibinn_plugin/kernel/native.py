@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from pibinn_plugin.kernel import cpu
-from pibinn_plugin.kernel.operators import FUSED, INT8, PRODUCT, REFRESH, UNPACK
+from pibinn_plugin.kernel.operators import FUSED, INT8, PREPARE, PRODUCT, REFRESH, UNPACK, prepared_words
 from pibinn_plugin.structure import BlockDiagonal, Dense, Shape, Structure, matrix_shape
 from pibinn_plugin.structure.base import constant
 from pibinn_plugin.structure.sparse_rows import sparse_rows
@@ -25,6 +25,8 @@ Layout = Blocks | tuple[Tensor, tuple[int, int]]
 
 # Not a tensor subclass with products of its own. The latter two stand for tensors while a torchao weight is compiled.
 _KINDS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
+
+_MOST_PADDED = 1.25  # times the bits: what is laid out for products takes at most so much memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -133,6 +135,19 @@ def packed_linear_int8(
     """``λ s S round(x / s) + b`` for blocks S and a scale s of each sample: float32, contiguous, normal or NaN."""
     rows, columns = blocks
     return INT8[type(rows)](input, bits, scale, activation_scales, rows, columns, bias)
+
+
+def prepare(bits: Tensor, blocks: Blocks, count: int) -> Tensor | None:
+    """The first ``count`` bits, laid out for products: about as large, and taken in their place; None if much larger.
+
+    Larger by what fills the rows and the columns of a block up to 32.
+    """
+    rows, columns = blocks
+    if isinstance(rows, int) and isinstance(columns, int):
+        copies = count // max(rows * columns, 1)
+        rows, columns = (rows,) * copies, (columns,) * copies
+    assert isinstance(rows, tuple) and isinstance(columns, tuple)
+    return PREPARE(bits, rows, columns) if 32 * prepared_words(rows, columns) <= _MOST_PADDED * count else None
 
 
 def unpack(bits: Tensor, scale: Tensor, count: int, dtype: torch.dtype) -> Tensor:

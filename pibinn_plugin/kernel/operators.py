@@ -6,6 +6,8 @@ the same names (`cpu`, whose shared object does it in C++). Another one is a fil
 
 ``packed_linear`` has the scale and the bias in it and no gradient; ``sign_product`` is linear and has one.
 ``packed_linear_int8`` rounds each sample to int8 multiples of its activation scale; its scale is a signed one.
+``prepare`` lays the bits of blocks out in the order in which a product uses them: words of 32, for this processor and
+this process alone. Operators for blocks, unless transposed, take these words in the place of the bits.
 ``unpack`` gives the values ``±λ`` of the first ``count`` bits; ``refresh`` writes them into a weight that was unpacked
 before, if bits or λ are no longer what was ``seen`` then: bytes, those of the bits and 4 of λ.
 
@@ -63,6 +65,8 @@ def _define() -> None:
             f"Tensor activation_scales, {_LAYOUTS[name]}, Tensor? bias=None) -> Tensor"
         )
         _fake(_overload("packed_linear_int8", name), _packed_linear_int8)
+    _library.define("prepare(Tensor bits, int[] rows, int[] columns) -> Tensor")
+    _fake("prepare", _prepare)
     _library.define("unpack(Tensor bits, Tensor scale, int count, ScalarType dtype) -> Tensor")
     _fake("unpack", _unpack)
     _library.define("refresh(Tensor(a!) weight, Tensor(b!) seen, Tensor bits, Tensor scale) -> ()")
@@ -111,6 +115,15 @@ def _sign_product(
     return input.new_empty((*input.shape[:-1], features))
 
 
+def prepared_words(rows: Sequence[int], columns: Sequence[int]) -> int:
+    """The words that ``prepare`` makes: one bit for each weight, and for what fills rows and columns up to 32."""
+    return sum(-(-row // 32) * 32 * -(-column // 32) for row, column in zip(rows, columns, strict=True))
+
+
+def _prepare(bits: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    return bits.new_empty((prepared_words(rows, columns),), dtype=torch.int32)
+
+
 def _unpack(bits: Tensor, scale: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return bits.new_empty((count,), dtype=dtype)
 
@@ -143,5 +156,6 @@ PRODUCT: dict[type, Any] = {
     tuple: _ops.sign_product.uneven,
     Tensor: _ops.sign_product.sparse_unchecked,
 }
+PREPARE: Any = _ops.prepare.default
 UNPACK: Any = _ops.unpack.default
 REFRESH: Any = _ops.refresh.default

@@ -47,7 +47,10 @@ int64_t in_blocks(const Problem& problem, const Part* parts, int64_t count, char
   for (int64_t i = 0; i < count; i++) {
     const int64_t needed = portable_path.scratch_bytes(parts[i].block.inputs(problem.transposed));
     bytes = needed > bytes ? needed : bytes;
-    if (scratch) portable_path.compute(problem, parts[i], scratch);
+    if (!scratch) continue;
+    if (problem.words && parts[i].output_begin == 0 && parts[i].sample_begin == 0)  // the first part of its block
+      portable_path.prepare(problem.bits, problem.bytes, parts[i].block, (uint32_t*)problem.words);
+    portable_path.compute(problem, parts[i], scratch);
   }
   return bytes;
 }

@@ -1,11 +1,12 @@
 """Random products for an emulated processor, and their errors against float64.
 
-Each product is computed in two divisions into parts, as for one thread and for many, whose results must be the same bit
-for bit. A read past the end of what a product is given has no memory to read. `tests/scripts/native_kernel_cases.py` is
-the same on a real processor.
+Each product is computed in two divisions into parts, as for one thread and for many, and with prepared bits where there
+can be any; all results must be the same bit for bit. A read past the end of what a product is given has no memory to
+read. `tests/scripts/native_kernel_cases.py` is the same on a real processor.
 """
 
 import ctypes
+import itertools
 import random
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import torch
 from pibinn_plugin.bits import pack_bits
 
 SOURCES = Path(__file__).parents[2] / "pibinn_plugin" / "kernel" / "csrc"
-REGIONS = dict.fromkeys(("bits", "input", "output", "bias", "steps", "index", "described", "call", "scratch"), 1 << 20)
+NAMES = ("bits", "words", "input", "output", "bias", "steps", "index", "described", "call", "scratch")
+REGIONS = dict.fromkeys(NAMES, 1 << 20)
 SCALE = 0.37
 # Number in the kernel and, of the sum of magnitudes of an output, rounding in this dtype and of a sum in float32.
 DTYPES = {torch.float32: (0, 1e-6), torch.bfloat16: (1, 2**-8 + 1e-6), torch.float16: (2, 2**-11 + 1e-6)}
@@ -25,7 +27,7 @@ class Problem(ctypes.Structure):
     """As in kernel.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("bits", "bytes", "input", "output", "bias")),
+        *((name, ctypes.c_int64) for name in ("bits", "bytes", "words", "input", "output", "bias")),
         ("scalar", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("input_stride", "output_stride", "samples")),
         *(("scale", ctypes.c_float), ("transposed", ctypes.c_bool), ("activation_scales", ctypes.c_int64)),
@@ -37,7 +39,7 @@ def content(tensor):
     return bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
 
 
-def product(processor, function, divisions, flags, matrix, samples, dtype, transposed, is_int8, *more):
+def product(processor, function, divisions, flags, matrix, samples, dtype, transposed, is_int8, words, *more):
     """One product of random inputs: its largest error in units of the allowed one."""
     number, tolerance = DTYPES[dtype]
     matrix = SCALE * (matrix.T if transposed else matrix)
@@ -46,14 +48,15 @@ def product(processor, function, divisions, flags, matrix, samples, dtype, trans
     steps = input.float().abs().amax(1, keepdim=True) / 127
     bits, output = pack_bits(flags), torch.full((samples, matrix.shape[0]), torch.nan, dtype=dtype)
     problem = Problem(
-        *(processor.place("bits", content(bits)), len(bits)),
+        *(processor.place("bits", content(bits)), len(bits), 0),
         *(processor.place("input", content(input)), processor.place("output", content(output))),
         *(0 if bias is None else processor.place("bias", content(bias)), number),
         *(input.shape[1], output.shape[1], samples, SCALE, transposed),
         processor.place("steps", content(steps)) if is_int8 else 0,
     )
     results = []
-    for parts in divisions:
+    places = [0, processor.place("words", random.randbytes(4 * words))] if words else [0]
+    for problem.words, parts in itertools.product(places, divisions):
         call = processor.place("call", bytes(problem) + content(torch.tensor(parts)))
         arguments = (call, call + ctypes.sizeof(Problem), len(parts))
         scratch = (processor.call(function, *arguments, 0, *more) + 63) // 64 * 64
@@ -61,8 +64,8 @@ def product(processor, function, divisions, flags, matrix, samples, dtype, trans
         processor.write(problem.output, content(output))
         processor.call(function, *arguments, garbage, *more)
         results.append(processor.read(problem.output, len(content(output))))
-    result, divided = results
-    assert result == divided, f"{matrix.shape}, {samples} samples: the result depends on the parts"
+    result = results[0]
+    assert set(results) == {result}, f"{matrix.shape}, {samples} samples: it depends on the parts or the layout"
     output = torch.frombuffer(bytearray(result), dtype=dtype).view(output.shape).double()
     input = (input.float() * (1 / steps)).round().double() * steps.double() if is_int8 else input.double()
     offset = 0.0 if bias is None else bias.double()
@@ -77,19 +80,25 @@ def in_blocks(processor, blocks, samples, dtype, transposed, is_int8):
     matrix = torch.block_diag(*(block.double() * 2 - 1 for block in flags))
     flags = torch.cat([block.flatten() for block in flags])
     divisions = [parts_of(blocks, samples, transposed, *most) for most in ((512, 256), (64, 128))]
-    return product(processor, "in_blocks", divisions, flags, matrix, samples, dtype, transposed, is_int8)
+    words = 0 if transposed else sum(words_of(*sizes) for sizes in blocks)
+    return product(processor, "in_blocks", divisions, flags, matrix, samples, dtype, transposed, is_int8, words)
+
+
+def words_of(rows, columns):
+    """How many words a block is prepared to."""
+    return -(-rows // 32) * 32 * -(-columns // 32)
 
 
 def parts_of(blocks, samples, transposed, most_outputs, most_samples):
     """The parts that `divide` in dispatch.cpp would make, of so many outputs and samples at most."""
-    parts, bit, row, column = [], 0, 0, 0
+    parts, bit, word, row, column = [], 0, 0, 0, 0
     for rows, columns in blocks:
         starts, outputs = ((row, column), columns) if transposed else ((column, row), rows)
         for n in range(0, samples, most_samples):
             for o in range(0, outputs, most_outputs):
                 ends = (min(o + most_outputs, outputs), n, min(n + most_samples, samples))
-                parts.append([bit, rows, columns, *starts, o, *ends])
-        bit, row, column = bit + rows * columns, row + rows, column + columns
+                parts.append([bit, word, rows, columns, *starts, o, *ends])
+        bit, word, row, column = bit + rows * columns, word + words_of(rows, columns), row + rows, column + columns
     return parts
 
 
@@ -109,7 +118,7 @@ def in_rows(processor, rows, columns, samples, dtype, transposed, is_ordered):
     middle = rows if transposed else rows // 2
     parts = [[*ends, n, min(n + 32, samples)] for n in range(0, samples, 32) for ends in ((0, middle), (middle, rows))]
     divisions = [[[0, rows, 0, samples]], [part for part in parts if part[0] < part[1]]]
-    return product(processor, "in_rows", divisions, flags, matrix, samples, dtype, transposed, False, described)
+    return product(processor, "in_rows", divisions, flags, matrix, samples, dtype, transposed, False, 0, described)
 
 
 def run_cases(processor, count=400):

@@ -27,7 +27,10 @@ void* memset(void* to, int value, unsigned long count) {
   for (int64_t i = 0; i < count; i++) {
     const int64_t needed = avx512_path.scratch_bytes(parts[i].block.inputs(problem->transposed));
     bytes = needed > bytes ? needed : bytes;
-    if (scratch) avx512_path.compute(*problem, parts[i], scratch);
+    if (!scratch) continue;
+    if (problem->words && parts[i].output_begin == 0 && parts[i].sample_begin == 0)  // the first part of its block
+      avx512_path.prepare(problem->bits, problem->bytes, parts[i].block, (uint32_t*)problem->words);
+    avx512_path.compute(*problem, parts[i], scratch);
   }
   asm volatile("hlt" ::"a"(bytes));
 }

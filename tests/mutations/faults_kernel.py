@@ -88,6 +88,14 @@ FAULTS = [
         "0x1p-126f : 0x1p-126f",
         "kernel_values kernel_arguments native_kernel",
     ),
+    Fault("kernel/native.py", "_MOST_PADDED = 1.25", "_MOST_PADDED = 2.25", "kept_words"),
+    Fault(
+        "kernel/csrc/ops.cpp",
+        "expect(!transposed && given.is_contiguous()",
+        "expect(given.is_contiguous()",
+        "kernel_arguments",
+    ),
+    Fault("kernel/csrc/ops.cpp", "given.sizes[0] == count,\n", "given.sizes[0] >= count,\n", "kernel_arguments"),
     Fault("kernel/csrc/ops.cpp", "weights / 8 + (weights % 8 != 0)", "weights / 8", "kernel_arguments"),
     Fault(
         "kernel/csrc/ops.cpp",

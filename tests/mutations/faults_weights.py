@@ -244,7 +244,16 @@ FAULTS = [
     Fault("kept.py", "and weight.data_ptr() == self._weight_address", "", "kept"),
     Fault("kept.py", "        and not scale.is_inference()\n", "", "kept"),
     Fault("kept.py", "torch.inference_mode(False), ", "", "kept"),
-    Fault("packed.py", 'return {**vars(self), "_kept": None}', "return dict(vars(self))", "kept"),
+    Fault("kept.py", "bits is self.bits and bits._version == self._version", "bits is self.bits", "kept_words"),
+    Fault("kept.py", "        return bits is self.bits and ", "        return ", "kept_words"),
+    Fault("kept.py", "type(bits) in _PLAIN and not bits.is_inference() and", "type(bits) in _PLAIN and", "kept_words"),
+    Fault("packed.py", "            bits = rule.kept_words(bits, layout)\n", "            pass\n", "kept_words"),
+    Fault("packed.py", "        elif not transposed:\n", "        else:\n", "kept_words"),
+    Fault(
+        "packed.py", "            if self.keeps_weight and can_be_laid_out(bits):", "            if True:", "kept_words"
+    ),
+    Fault("packed.py", '{**vars(self), "_kept": None, "_words": None}', '{**vars(self), "_words": None}', "kept"),
+    Fault("packed.py", '{**vars(self), "_kept": None, "_words": None}', '{**vars(self), "_kept": None}', "kept_words"),
     Fault("packed.py", "bias is None or bias.dtype is torch.float32", "True", "can_run"),
     Fault("parametrized.py", " and len(chain._modules) == 1\n", "\n", "kept packed_layers foreign_networks"),
 ]

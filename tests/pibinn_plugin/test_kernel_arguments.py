@@ -79,6 +79,29 @@ def test_wrong_tensors_for_blocks_are_errors():
             operator(*arguments)
 
 
+def test_bits_that_are_prepared_for_something_else_are_errors():
+    operators, x = torch.ops.pibinn, torch.ones(3, 8)
+    words = operators.prepare(BITS, [4], [8])
+    assert torch.equal(
+        operators.packed_linear(x, words, SCALE, 4, 8), operators.packed_linear.uneven(x, words, SCALE, [4], [8])
+    )
+    for operator, *arguments in (
+        (operators.packed_linear, x, words[:31], SCALE, 4, 8),
+        (operators.packed_linear, x, words.repeat(2), SCALE, 4, 8),
+        (operators.packed_linear, x, words.repeat(2)[::2], SCALE, 4, 8),
+        (operators.packed_linear, x, words[None], SCALE, 4, 8),
+        (operators.packed_linear, x[:, :4].contiguous(), words, SCALE, 4, 8, None, True),
+        (operators.packed_linear.uneven, x, words, SCALE, [4, 33], [4, 4]),
+        (operators.prepare, words, [4], [8]),
+        (operators.prepare, BITS[:3], [4], [8]),
+        (operators.prepare, BITS, [4, 1], [8]),
+        (operators.prepare, BITS, [-4], [-8]),
+        (operators.unpack, words, SCALE, 32, torch.float32),
+    ):
+        with pytest.raises(RuntimeError, match="pibinn: "):
+            operator(*arguments)
+
+
 def test_wrong_activation_scales_are_errors():
     operator, x = torch.ops.pibinn.packed_linear_int8.default, torch.ones(3, 8)
     assert operator(x, BITS, SCALE, torch.ones(3, 1), 4, 8).tolist() == [[-8.0] * 4] * 3

@@ -1,4 +1,4 @@
-"""The number of threads changes no bit of a product: by hypothesis, and for the shapes that once broke it."""
+"""Threads and the layout of the signs change no bit of a product: by hypothesis, and for shapes that once broke it."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import pibinn_plugin as pb
 from pibinn_plugin.functional import kernel, packed_linear, packed_linear_adjoint, packed_linear_int8
+from pibinn_plugin.kernel import native
 from pibinn_plugin.packing import PackedSigns
 
 pytestmark = pytest.mark.skipif(kernel() == "torch", reason="plain torch promises nothing about threads")
@@ -16,8 +17,11 @@ SCALE = torch.tensor([0.37])
 
 
 def products(x, y, bits, structure, shape, bias):
-    """The product with x, the adjoint of y, and the product with int8 activations."""
+    """The product with x, also of bits laid out for it, the adjoint of y, and the product with int8 activations."""
+    blocks = native.blocks_of(structure, shape)
+    words = None if blocks is None else native.prepare(bits, blocks, structure.nnz(shape))
     return (
+        packed_linear(x, bits if words is None else words, SCALE, structure, shape, bias),
         packed_linear(x, bits, SCALE, structure, shape, bias),
         packed_linear_adjoint(y, bits, SCALE, structure, shape),
         packed_linear_int8(x, bits, SCALE, structure, shape, bias),
@@ -68,3 +72,4 @@ def test_threads_change_nothing(weight, samples, dtype):
         results.append(products(x, y, bits, structure, shape, bias))
     for result in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+    assert torch.equal(results[0][0], results[0][1])

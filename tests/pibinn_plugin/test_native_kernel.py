@@ -55,6 +55,7 @@ def test_operators_keep_the_rules_of_torch(transposed):
     bias = None if transposed else torch.randn(10)
     opcheck(operators.packed_linear.uneven, (x, uneven.bits, scale, [1, 0, 9], [5, 2, 33], bias, transposed))
     opcheck(operators.sign_product.uneven, (x.clone().requires_grad_(), uneven.bits, [1, 0, 9], [5, 2, 33], transposed))
+    opcheck(operators.prepare, (uneven.bits, [1, 0, 9], [5, 2, 33]))
     opcheck(operators.unpack, (uneven.bits, scale, 302, torch.bfloat16))
     opcheck(operators.refresh, (torch.empty(302), torch.zeros(42, dtype=torch.uint8), uneven.bits, scale))
     even = packed_layer(*BLOCKS[1])

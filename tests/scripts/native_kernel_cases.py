@@ -93,10 +93,18 @@ def error(memory, weight, samples, dtype, transposed, strided):
     operator = getattr(torch.ops.pibinn.packed_linear, overload)
     output = operator(input, bits, torch.tensor([0.37]), *sizes, bias, transposed)
     assert output.dtype == dtype
+    if overload != "sparse" and not transposed:
+        words = memory[3].copy(torch.ops.pibinn.prepare(bits, *as_lists(sizes, outputs)))
+        assert torch.equal(operator(input, words, torch.tensor([0.37]), *sizes, bias), output)
     offset = 0.0 if bias is None else bias.double()
     expected = input.double() @ matrix.T + offset
     magnitude = input.double().abs() @ matrix.abs().T + abs(offset) + 1e-30
     return ((output.double() - expected).abs() / magnitude).max().item() / TOLERANCE[dtype]
+
+
+def as_lists(sizes, outputs):
+    """The rows and the columns of each block."""
+    return sizes if isinstance(sizes[0], list) else [[size] * (outputs // sizes[0]) for size in sizes]
 
 
 def check_int8(memory, blocks, samples, dtype, strided):
@@ -131,7 +139,7 @@ def main():
     """Run every case and print the result."""
     random.seed(0)
     torch.manual_seed(0)
-    memory, worst = (GuardedMemory(1 << 17), GuardedMemory(1 << 20), GuardedMemory(1 << 19)), 0.0
+    memory, worst = [GuardedMemory(1 << size) for size in (17, 20, 19, 18)], 0.0
     for (count, *sizes), samples, transposed in itertools.product(SIZES, SAMPLES, (False, True)):
         weight = random_weight(memory[0], [tuple(sizes)] * count)
         worst = max(worst, error(memory, weight, samples, torch.float32, transposed, False))

@@ -15,10 +15,12 @@
 #define GROUP 3  // inputs whose sums fill a register
 #define PERMUTE(table, index) ((Floats)_mm256_permutevar8x32_ps((__m256)(table), (__m256i)(index)))
 #define FEW_SAMPLES 3  // beyond so few samples the other form is faster; measured on Zen 4
+#define MOST_VECTORS 4  // of outputs of one sample that are looked up together, by what registers there are
+#define SHARED 2  // samples, each for 4 vectors, likewise
 #include "path.inc"
 
 namespace pibinn {
-extern const Path avx2_path{"avx2", LANES, scratch_bytes, compute, sparse_scratch_bytes, compute_sparse};
+extern const Path avx2_path{"avx2", LANES, scratch_bytes, compute, prepare, sparse_scratch_bytes, compute_sparse};
 }  // namespace pibinn
 
 #if defined(__clang__)

@@ -15,10 +15,12 @@
 #define GROUP 4  // inputs whose sums fill a register
 #define PERMUTE(table, index) ((Floats)_mm512_permutexvar_ps((__m512i)(index), (__m512)(table)))
 #define FEW_SAMPLES 9  // as the instruction counts of both forms say; not measured
+#define MOST_VECTORS 8  // of outputs of one sample that are looked up together, by what registers there are
+#define SHARED 4  // samples, each for 4 vectors, likewise
 #include "path.inc"
 
 namespace pibinn {
-extern const Path avx512_path{"avx512", LANES, scratch_bytes, compute, sparse_scratch_bytes, compute_sparse};
+extern const Path avx512_path{"avx512", LANES, scratch_bytes, compute, prepare, sparse_scratch_bytes, compute_sparse};
 }  // namespace pibinn
 
 #if defined(__clang__)

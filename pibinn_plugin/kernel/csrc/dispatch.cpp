@@ -133,17 +133,19 @@ std::vector<Block> even_blocks(int64_t count, int64_t rows, int64_t columns, boo
   std::vector<Block> blocks(count);
   for (int64_t b = 0; b < count; b++) {
     const int64_t row = b * rows, column = b * columns;
-    blocks[b] = {row * columns, rows, columns, transposed ? row : column, transposed ? column : row};
+    blocks[b] = {row * columns, b * Block::words(rows, columns), rows, columns, transposed ? row : column,
+                 transposed ? column : row};
   }
   return blocks;
 }
 
 std::vector<Block> uneven_blocks(const std::vector<int64_t>& rows, const std::vector<int64_t>& columns, bool transposed) {
   std::vector<Block> blocks;
-  int64_t bit = 0, row = 0, column = 0;
+  int64_t bit = 0, word = 0, row = 0, column = 0;
   for (size_t b = 0; b < rows.size(); b++) {
-    blocks.push_back({bit, rows[b], columns[b], transposed ? row : column, transposed ? column : row});
+    blocks.push_back({bit, word, rows[b], columns[b], transposed ? row : column, transposed ? column : row});
     bit += rows[b] * columns[b];
+    word += Block::words(rows[b], columns[b]);
     row += rows[b];
     column += columns[b];
   }

@@ -14,6 +14,7 @@ enum class Scalar { float32, bfloat16, float16 };
 struct Problem {
   const uint8_t* bits;  // one bit a weight, little-endian; set: +1
   int64_t bytes;        // of bits
+  const uint32_t* words;  // what `prepare` made of the bits, for products that are not transposed; or null
   const char* input;
   char* output;
   const char* bias;  // may be null
@@ -28,7 +29,10 @@ struct Problem {
 
 // One block: rows x columns bits, row after row. Inputs are its columns, outputs its rows; transposed, the reverse.
 struct Block {
-  int64_t bit_start, rows, columns, input_start, output_start;
+  int64_t bit_start, word_start, rows, columns, input_start, output_start;
+
+  // Prepared, of which word_start counts: one bit for each weight, and for what fills rows and columns up to 32.
+  static int64_t words(uint64_t rows, uint64_t columns) { return (rows + 31) / 32 * 32 * ((columns + 31) / 32); }
 
   int64_t inputs(bool transposed) const { return transposed ? rows : columns; }
   int64_t outputs(bool transposed) const { return transposed ? columns : rows; }
@@ -60,6 +64,8 @@ struct Path {
   int lanes;
   int64_t (*scratch_bytes)(int64_t inputs);                             // that compute needs, for blocks of so many inputs
   void (*compute)(const Problem&, const Part&, char* scratch);  // scratch is aligned to 64 bytes
+  // Writes the bits of a block in the order in which its products use them, from its word_start on.
+  void (*prepare)(const uint8_t* bits, int64_t bytes, const Block&, uint32_t* words);
   int64_t (*sparse_scratch_bytes)(const SparseRows&, bool transposed);
   void (*compute_sparse)(const Problem&, const SparseRows&, const SparsePart&, char* scratch);
 };

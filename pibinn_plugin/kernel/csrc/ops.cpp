@@ -71,6 +71,15 @@ struct Weight {
         most_inputs(inputs) {}
 };
 
+// Whether these are no bits, but what `prepare` made of them.
+bool is_prepared(const Handle& bits) { return dtype_of(bits) == aoti_torch_dtype_int32(); }
+
+void check_words(const Handle& words, int64_t count, bool transposed) {
+  const Dimensions given(words);
+  expect(!transposed && given.is_contiguous() && given.count == 1 && given.sizes[0] == count,
+         "expected ", count, " prepared words, contiguous, and a product that is not transposed");
+}
+
 void check_bits(const Handle& bits, int64_t weights) {
   const Dimensions given(bits);
   const int64_t bytes = weights / 8 + (weights % 8 != 0);
@@ -131,8 +140,10 @@ AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, 
     input = contiguous(std::move(input));
     given = Dimensions(input);
   }
-  problem.bits = reinterpret_cast<const uint8_t*>(data_of(bits));
-  problem.bytes = Dimensions(bits).sizes[0];
+  const bool prepared = is_prepared(bits);
+  problem.words = prepared ? reinterpret_cast<const uint32_t*>(data_of(bits)) : nullptr;
+  problem.bits = prepared ? nullptr : reinterpret_cast<const uint8_t*>(data_of(bits));
+  problem.bytes = prepared ? 0 : Dimensions(bits).sizes[0];
   problem.input = data_of(input);
   problem.output = data_of(output);
   problem.input_stride = given.is_contiguous() ? weight.inputs : given.strides[0];
@@ -151,7 +162,8 @@ std::vector<Block> take_even_blocks(const Handle& input, const Handle& bits, Sta
   expect(features > 0 && features % inputs == 0, "expected an input with a multiple of ", inputs,
                   " features, got ", features);
   const int64_t count = features / inputs;
-  check_bits(bits, multiply(count, multiply(rows, columns)));  // before there is a block for each
+  const int64_t weights = multiply(count, multiply(rows, columns));  // checked before there is a block for each
+  is_prepared(bits) ? check_words(bits, count * Block::words(rows, columns), transposed) : check_bits(bits, weights);
   return even_blocks(count, rows, columns, transposed);
 }
 
@@ -160,15 +172,16 @@ std::vector<Block> take_uneven_blocks(const Handle& bits, StableIValue rows_valu
   const auto rows = take_list(rows_value), columns = take_list(columns_value);
   expect(rows.size() == columns.size(), "expected as many rows as columns, got ", rows.size(), " and ",
                   columns.size());
-  int64_t weights = 0, row_count = 0, column_count = 0;
+  int64_t weights = 0, words = 0, row_count = 0, column_count = 0;
   for (size_t b = 0; b < rows.size(); b++) {
     expect(rows[b] >= 0 && columns[b] >= 0, "expected blocks of no negative size, got ", rows[b],
                     " rows and ", columns[b], " columns");
     weights = add(weights, multiply(rows[b], columns[b]));
+    words = add(words, Block::words(rows[b], columns[b]));
     row_count = add(row_count, rows[b]);
     column_count = add(column_count, columns[b]);
   }
-  check_bits(bits, weights);
+  is_prepared(bits) ? check_words(bits, words, transposed) : check_bits(bits, weights);
   return uneven_blocks(rows, columns, transposed);
 }
 
@@ -259,6 +272,22 @@ void sign_product(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(product(std::move(input), bits, nullptr, nullptr, nullptr, blocks, transposed, false));
 }
 
+void prepare(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle bits = take_tensor(stack[0]);
+  const auto blocks = take_uneven_blocks(bits, stack[1], stack[2], false);
+  expect(!is_prepared(bits), "expected bits, got what was prepared before");
+  int64_t count = 0, stride = 1;
+  for (const Block& block : blocks) count += Block::words(block.rows, block.columns);
+  AtenTensorHandle result;
+  check(aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_int32(), aoti_torch_device_type_cpu(), 0, &result));
+  Handle words(result);
+  std::memset(data_of(words), 0, 4 * count);  // what fills rows up to 32 is never written
+  for (const Block& block : blocks)
+    chosen_path()->prepare(reinterpret_cast<const uint8_t*>(data_of(bits)), Dimensions(bits).sizes[0], block,
+                           reinterpret_cast<uint32_t*>(data_of(words)));
+  stack[0] = from(words.release());
+}
+
 template <bool Checked>
 void sign_product_sparse(StableIValue* stack, uint64_t, uint64_t) {
   Handle input = take_tensor(stack[0]);
@@ -340,6 +369,7 @@ const Operator operators[] = {
     {"sign_product.uneven", &sign_product<false>},
     {"sign_product.sparse", &sign_product_sparse<true>},
     {"sign_product.sparse_unchecked", &sign_product_sparse<false>},
+    {"prepare", &prepare},
     {"unpack", &unpack},
     {"refresh", &refresh},
 };
@@ -354,7 +384,7 @@ void register_operators() {
 }  // namespace pibinn
 
 // Raised with every change of the operators above: Python leaves a shared object that was built before it alone.
-extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 6; }
+extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 7; }
 
 // Implement the operators, once. The name of the path in use, for Python; or an error as its message, which starts with
 // PIBINN_KERNEL where the environment is at fault.

@@ -6,5 +6,5 @@
 #include "path.inc"
 
 namespace pibinn {
-extern const Path portable_path{"portable", LANES, scratch_bytes, compute, sparse_scratch_bytes, compute_sparse};
+extern const Path portable_path{"portable", LANES, scratch_bytes, compute, prepare, sparse_scratch_bytes, compute_sparse};
 }  // namespace pibinn
