@@ -59,8 +59,8 @@ class ArtifactAugmentation:
     """
 
     mixing: float = 1.0
-    compression: tuple[float, float] = (0.8, 3.0)
-    high_pass: tuple[float, float] = (0.1, 1.2)
+    compression: tuple[float, float] = (1.0, 2.2)
+    high_pass: tuple[float, float] = (0.3, 0.8)
     low_pass: tuple[float, float] = (8.0, 30.0)
     floor: float = 0.06
 
