@@ -186,7 +186,7 @@ def test_runs_in_threads_take_turns(one_after_the_other, backend):
 @pytest.mark.slow
 def test_a_dask_cluster_gives_the_results_of_one_after_the_other(one_after_the_other):
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster),
         parallel_config("dask"),
     ):
