@@ -26,8 +26,7 @@ class SolverModule(pl.LightningModule):
     """Train a solver on batches ``(y, x)`` with Adam and a cosine schedule to zero.
 
     Three groups of parameters have learning rates of their own: weights (latents, once `TwoStageQAT` has prepared the
-    module, and the scales of channels in a baseline's weights), the scalars of the algorithm (step sizes, thresholds),
-    and λ.
+    module, and the scales in a baseline's weights), the scalars of the algorithm (step sizes, thresholds), and λ.
 
     Args:
         solver: a module that maps y, shape (batch, measurements), to an estimate of x, shape (batch, unknowns).
@@ -136,17 +135,20 @@ class SolverModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _parameter_groups(self) -> Iterator[tuple[list[nn.Parameter], float]]:
-        weights, scalars, scales = [], [], []
+        weights, scales_of_weights, scalars, scales = [], [], [], []
         scale_ids = {id(module.value) for module in self.modules() if isinstance(module, GlobalScale)}
         for name, parameter in self.named_parameters():
             if id(parameter) in scale_ids:
                 scales.append(parameter)
             # "original" is what a torch parametrization calls the parameter behind a weight.
-            elif name.rpartition(".")[2] in ("weight", "original", "scales"):
+            elif name.rpartition(".")[2] in ("weight", "original"):
                 weights.append(parameter)
+            elif name.rpartition(".")[2] == "scales":
+                scales_of_weights.append(parameter)
             else:
                 scalars.append(parameter)
         yield weights, self.learning_rate
+        yield scales_of_weights, self.learning_rate  # apart: PARQ draws all of the group of the latents to two values
         yield scalars, self.scalar_learning_rate
         yield scales, self.scale_learning_rate * max((float(scale.detach().abs()) for scale in scales), default=1.0)
 

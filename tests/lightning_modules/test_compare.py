@@ -192,6 +192,13 @@ def test_a_run_that_diverges_is_said_to(folder, capsys):
     assert "diverged" in row[1] or row[1] == "not finite"
 
 
+def test_parq_applies_to_the_solvers_of_the_command_line(folder):
+    run("--rows", "parq", "--seeds", "1", "--learning_rates", "1e-3")
+    text = Path("out/RESULTS.md").read_text()
+    assert "parq" in table_rows(text)
+    assert "left out" not in text
+
+
 @pytest.mark.parametrize("names", [["fp32", "global"], []])
 def test_rows_by_name(names):
     rows = read_rows(names)

@@ -46,7 +46,8 @@ def weights(draw):
         count = draw(st.integers(1, 5))
         return pb.BlockDiagonal(count), (count * rows, count * columns)
     if kind == "uneven":
-        blocks = draw(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=3))
+        # `any`: a block of neither rows nor columns is refused.
+        blocks = draw(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)).filter(any), max_size=3))
         rows, columns = zip((rows, columns), *blocks, strict=True)
         return pb.BlockDiagonal(rows=rows, columns=columns), (sum(rows), sum(columns))
     if kind == "band":

@@ -163,7 +163,7 @@ std::vector<Block> take_even_blocks(const Handle& input, const Handle& bits, Sta
                   " features, got ", features);
   const int64_t count = features / inputs;
   const int64_t weights = multiply(count, multiply(rows, columns));  // checked before there is a block for each
-  is_prepared(bits) ? check_words(bits, count * Block::words(rows, columns), transposed) : check_bits(bits, weights);
+  is_prepared(bits) ? check_words(bits, multiply(count, Block::words(rows, columns)), transposed) : check_bits(bits, weights);
   return even_blocks(count, rows, columns, transposed);
 }
 
