@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import butter, freqs_zpk
 
-from lightning_modules.data.artifact_augmentation import ArtifactAugmentation, compress, high_pass, low_pass
+from lightning_modules.data.artifact_augmentation import (
+    ArtifactAugmentation,
+    Distortions,
+    compress,
+    high_pass,
+    low_pass,
+)
 
 RATE, SAMPLES = 256.0, 512
 
@@ -76,6 +82,25 @@ def test_a_floor_has_its_share_of_the_power():
     shares = added.square().mean(1).sqrt() / centred.square().mean(1).sqrt()
     assert shares.min() >= 0 and shares.max() < 0.55
     assert shares.mean() == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("compression", "lowest", "highest", "frequency", "gain"),
+    [
+        (1, 0, math.inf, 4, 1),
+        (2, 0, math.inf, 8, 1),
+        (1, 4, math.inf, 4, math.sqrt(0.5)),
+        (1, 0, 4, 4, 0.5),
+        (2, 8, 8, 8, 0.5 * math.sqrt(0.5)),
+    ],
+)
+def test_an_artifact_is_compressed_and_filtered_after_it(compression, lowest, highest, frequency, gain):
+    epoch = torch.cos(2 * math.pi * 4 * torch.arange(SAMPLES) / RATE)[None]
+    values = (torch.tensor([value], dtype=torch.float32) for value in (0, compression, lowest, highest))
+    distortions = Distortions(torch.tensor([0]), *values, torch.zeros(1, SAMPLES))
+    amplitudes = torch.fft.rfft(ArtifactAugmentation()(epoch, torch.tensor([0]), distortions, RATE)[0]).abs()
+    assert amplitudes.argmax() == frequency * SAMPLES / RATE
+    assert amplitudes.max() / (SAMPLES / 2) == pytest.approx(gain, rel=0.03)
 
 
 def test_draws_are_in_their_ranges_and_those_of_their_generator():
