@@ -36,6 +36,7 @@ class KeptWeight:
         self.bits, self.scale = bits, scale
         # Read before: what another thread writes meanwhile makes this stale.
         self._bits_version, self._scale_version = bits._version, scale._version
+        self._bits_place = _Place(bits)
         # By their bytes too, where reading them waits for no device. Writes through ``.data`` count as none: those of
         # averages to λ, and those of networks that clamp or normalize the weights that they read.
         is_on_cpu = bits.is_cpu and scale.is_cpu
@@ -54,6 +55,7 @@ class KeptWeight:
         return (
             bits is self.bits
             and scale is self.scale
+            and bits.data_ptr() == self._bits_place.address  # first: a tensor of inference mode has no version
             and bits._version == self._bits_version
             and weight._version == self._weight_version
             and not (_gradients_are_enabled() and scale.requires_grad)
@@ -82,19 +84,32 @@ class KeptWords:
 
     def __init__(self, bits: Tensor, lay_out: Callable[[], Tensor | None]) -> None:
         self.bits, self._version = bits, bits._version  # before: what another thread writes meanwhile makes this stale
+        self._place = _Place(bits)
         self.words = lay_out()
 
     def is_of(self, bits: Tensor) -> bool:
         """Whether laying these out anew, here and now, would give nothing else."""
-        return bits is self.bits and bits._version == self._version and _dispatch_modes() == 0
+        return (
+            bits is self.bits
+            and bits.data_ptr() == self._place.address  # first: a tensor of inference mode has no version
+            and bits._version == self._version
+            and _dispatch_modes() == 0
+        )
 
 
-class _Bytes:
+class _Place:
+    """Where a tensor had its values: one that is given those of another (``.data = ``, a swap) may count no write."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = tensor.untyped_storage()  # alive, so that nothing else comes to lie there
+        self.address = tensor.data_ptr()
+
+
+class _Bytes(_Place):
     """The bytes of a small tensor on the CPU, then and now: read in a quarter of the time of ``tensor.item()``."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._storage = tensor.untyped_storage()  # alive for as long as its bytes are read
-        self.address = tensor.data_ptr()
+        super().__init__(tensor)
         self.now = (ctypes.c_char * tensor.nbytes).from_address(self.address)
         self.then = self.now.raw
 

@@ -55,6 +55,8 @@ CHANGES = {
     "one bit": lambda model: bits_of(model)[2].bitwise_xor_(1),
     "load": lambda model: model.load_state_dict(packed_model().state_dict()),
     "load, assigned": lambda model: model.load_state_dict(packed_model().state_dict(), assign=True),
+    "bits exchanged": lambda model: setattr(bits_of(model), "data", ~bits_of(model)),
+    "bits swapped": lambda model: torch.utils.swap_tensors(bits_of(model), ~bits_of(model)),
     "written to": lambda model: model.matrix.mul_(2),
     "clamped from above": lambda model: model.matrix.clamp_(max=0),
     "clamped": lambda model: model.matrix.data.clamp_(min=0),

@@ -41,6 +41,8 @@ CHANGES = {
     "load, assigned": lambda model: model.load_state_dict(packed_model().state_dict(), assign=True),
     "replaced": lambda model: model[0].parametrizations.weight.register_buffer("original", ~bits_of(model)),
     "data": lambda model: (bits_of(model).data.bitwise_not_(), keep_unpacked(model)),
+    "data, assigned": lambda model: setattr(bits_of(model), "data", ~bits_of(model)),
+    "swapped": lambda model: torch.utils.swap_tensors(bits_of(model), ~bits_of(model)),
     "half": lambda model: model.half(),
 }
 
