@@ -40,6 +40,9 @@ CHANGES = {
     "load": lambda model: model.load_state_dict(packed_model().state_dict()),
     "load, assigned": lambda model: model.load_state_dict(packed_model().state_dict(), assign=True),
     "replaced": lambda model: model[0].parametrizations.weight.register_buffer("original", ~bits_of(model)),
+    "replaced by its data": lambda model: model[0].parametrizations.weight.register_buffer(
+        "original", bits_of(model).data.bitwise_not_().data
+    ),
     "data": lambda model: (bits_of(model).data.bitwise_not_(), keep_unpacked(model)),
     "data, assigned": lambda model: setattr(bits_of(model), "data", ~bits_of(model)),
     "swapped": lambda model: torch.utils.swap_tensors(bits_of(model), ~bits_of(model)),
