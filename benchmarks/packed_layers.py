@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from interleaved import interleaved
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import pibinn_plugin as pb
 from lightning_modules.machine import machine
@@ -69,6 +70,25 @@ class TiedDictionary(nn.Module):
         for _ in range(16):
             x = nn.functional.softshrink(x + 0.1 * ((y - x @ self.dictionary.T) @ self.dictionary), 0.01)
         return x @ self.dictionary.T
+
+
+class CachedDictionary(TiedDictionary):
+    """The same, which lets torch read a parametrized weight once for the whole pass."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        with parametrize.cached():
+            return super().forward(y)
+
+
+class Read(nn.Module):
+    """No product at all: what reading a weight takes, and the call of a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matrix
 
 
 class BasicBlock(nn.Module):
@@ -133,6 +153,12 @@ def cases() -> dict[str, Case]:
             {"dictionary": None},
             lambda batch: torch.randn(batch, 250),
         ),
+        "the same in torch's parametrize.cached()": (
+            CachedDictionary,
+            {"dictionary": None},
+            lambda batch: torch.randn(batch, 250),
+        ),
+        "a raw parameter 16 × 16, read alone": (Read, {"matrix": None}, torch.randn),
         "solver, 8 blocks 32 × 64, 16 layers": (
             lambda: CalibratedAMP(256, 512, blocks, 16),
             {"operator.weight": None},

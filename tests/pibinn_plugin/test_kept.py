@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 import pibinn_plugin as pb
 from pibinn_plugin.packed import keep_unpacked, unpacked_bytes
@@ -262,9 +263,19 @@ class Tied(Raw):
         return step(torch.utils.checkpoint.checkpoint(step, step(x), use_reentrant=False))
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_compiled_code_that_reads_a_kept_weight_sees_every_change(mode):
-    model, x = pb.convert(pb.prepare(Tied(), {"matrix": None})), torch.randn(3, 8)
+class CachedTied(Tied):
+    """The same, as torch has it for parameters that are computed and read several times."""
+
+    def forward(self, x):
+        with parametrize.cached():
+            return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "mode"), [(Tied, torch.no_grad), (Tied, torch.inference_mode), (CachedTied, torch.no_grad)]
+)
+def test_compiled_code_that_reads_a_kept_weight_sees_every_change(network, mode):
+    model, x = pb.convert(pb.prepare(network(), {"matrix": None})), torch.randn(3, 8)
     pb.global_scale(model).requires_grad_(False)
     compiled = torch.compile(model)
 
