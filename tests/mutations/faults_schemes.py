@@ -4,7 +4,7 @@ from fault import Fault
 
 FAULTS = [
     Fault("schemes/__init__.py", "if name not in SCHEMES:", "if False:", "workflow"),
-    Fault("schemes/__init__.py", "    if scheme != PACKED:\n", "    if True:\n", "artifact export"),
+    Fault("schemes/__init__.py", "    if scheme != PACKED:\n", "    if True:\n", "artifact bad_artifacts export"),
     Fault(
         "schemes/native.py",
         "if parametrize.is_parametrized(place.module, place.parameter_name):",
@@ -96,18 +96,20 @@ FAULTS = [
         "torchao",
     ),
     Fault(
-        "schemes/torchao.py",
+        "schemes/torchao_tensor.py",
         '            raise PIBiNNError(f"a packed weight is read only; {func} would write to it")',
         "            pass",
-        "torchao",
+        "torchao_tensor",
     ),
     Fault(
-        "schemes/torchao.py",
+        "schemes/torchao_tensor.py",
         'bits, scale = self.bits.clone().to(to["device"])',
         'bits, scale = self.bits.to(to["device"])',
-        "torchao",
+        "torchao_tensor",
     ),
-    Fault("schemes/torchao.py", 'self.dense_shape, to["dtype"])', "self.dense_shape, self.dtype)", "torchao"),
+    Fault(
+        "schemes/torchao_tensor.py", 'self.dense_shape, to["dtype"])', "self.dense_shape, self.dtype)", "torchao_tensor"
+    ),
     Fault(
         "schemes/torchao.py",
         "if isinstance(module, CompactLinear | _FakeQuantized):",

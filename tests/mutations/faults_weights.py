@@ -118,8 +118,8 @@ FAULTS = [
     ),
     Fault("packing.py", "if not values.isfinite().all():", "if values.isnan().any():", "packing workflow"),
     Fault("packing.py", "(values >= 0)", "(values > 0)", "packing"),
-    Fault("packing.py", "or self.bits.dtype != torch.uint8", "", "packing artifact"),
-    Fault("packing.py", "if tuple(self.bits.shape) != expected or", "if", "packing artifact"),
+    Fault("packing.py", "or self.bits.dtype != torch.uint8", "", "packing artifact bad_artifacts"),
+    Fault("packing.py", "if tuple(self.bits.shape) != expected or", "if", "packing artifact bad_artifacts"),
     Fault("packing.py", "        self.structure.check(self.shape)\n", "", "packing stored_structures hostile_files"),
     Fault(
         "packed.py",
@@ -131,7 +131,7 @@ FAULTS = [
         "packed.py",
         "self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.value.device)).dtype",
         "pass",
-        "workflow models artifact nn",
+        "workflow models artifact bad_artifacts nn",
     ),
     Fault(
         "packed.py",
@@ -223,7 +223,7 @@ FAULTS = [
         "parametrized.py",
         "if key not in (*_INJECTED, without)}",
         "if key not in _INJECTED}",
-        "models workflow artifact",
+        "models workflow artifact bad_artifacts",
     ),
     Fault("comparison.py", "TOLERANCE = 1e-4", "TOLERANCE = 1e-1", "verify"),
     Fault("comparison.py", "8 * torch.finfo(other.dtype).eps", "800 * torch.finfo(other.dtype).eps", "verify"),

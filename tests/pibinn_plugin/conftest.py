@@ -11,3 +11,10 @@ settings.load_profile("pibinn")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """What a test makes the compiler give up on stays with the test."""
+    yield
+    torch._dynamo.reset()

@@ -15,12 +15,7 @@ import pibinn_plugin as pb
 from pibinn_plugin.packed import keep_unpacked, unpacked_bytes
 from pibinn_plugin.packing import unpack_signs
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """What a test makes the compiler give up on stays with the test."""
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Raw(nn.Module):
