@@ -15,8 +15,6 @@ import pibinn_plugin as pb
 from pibinn_plugin.packed import keep_unpacked, unpacked_bytes
 from pibinn_plugin.packing import unpack_signs
 
-pytestmark = pytest.mark.usefixtures("fresh_compiler")
-
 
 class Raw(nn.Module):
     """A raw parameter: its product reads it as a tensor."""

@@ -9,8 +9,6 @@ from torchao.testing.utils import TorchAOBasicTestCase, TorchAOCompileTestCase
 from pibinn_plugin.schemes.torchao import PIBiNNTensor
 from pibinn_plugin.structure import BlockDiagonal, Dense, Mask
 
-pytestmark = pytest.mark.usefixtures("fresh_compiler")
-
 ROWS, COLUMNS = 4, 128  # of the weights in torchao's cases
 PATTERN = torch.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS) % 3 > 0
 
