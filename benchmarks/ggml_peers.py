@@ -13,15 +13,13 @@ processor from the source that the package ggml-python brings::
 
 import argparse
 import ctypes
-import shutil
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from compiled_library import compiled_library
 from interleaved import interleaved
 from torch import Tensor
 
@@ -41,7 +39,7 @@ LARGEST_ERROR = 0.03  # of activations that are rounded to int8, in norm
 
 TEXT = """# Against the ternary formats of ggml
 
-`python benchmarks/ggml_peers.py`. {machine} Kernel: {kernel}. Weights of ±λ, which all of them hold
+`python benchmarks/ggml_peers.py FOLDER`. {machine} Kernel: {kernel}. Weights of ±λ, which all of them hold
 without loss; block-diagonal layers, float32 activations, weights in the caches. Exact: a packed layer as it is. Int8:
 with `use_int8_activations`. ggml rounds activations to int8 too, with a scale for each 256 of them; this is part of its
 time, as it is of ours. Process time, medians of calls in turns, and how many times longer ggml takes than exact.
@@ -59,11 +57,8 @@ class Ggml:
         self.base = ctypes.CDLL(str(libraries["libggml-base.so"]), ctypes.RTLD_GLOBAL)
         self.cpu = ctypes.CDLL(str(libraries["libggml-cpu.so"]))
         self.cpu.ggml_cpu_init()
-        compiler, source = shutil.which("g++") or "c++", Path(__file__).with_name("ggml_loop.cpp")
-        with tempfile.TemporaryDirectory() as built:
-            library = f"{built}/loop.so"
-            subprocess.run([compiler, "-O3", "-shared", "-fPIC", str(source), "-o", library], check=True)
-            self.loop = ctypes.CDLL(library)
+        self.loop = compiled_library("ggml_loop.cpp")
+        self.buffers: list[Tensor] = []  # alive, since calls have their addresses alone
 
     def product(self, name: str, weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
         """The product of a compact weight (blocks, rows, columns) in one of the formats."""
@@ -86,7 +81,9 @@ class Ggml:
             *(blocks, rows, columns, len(x)),
         )
 
-        def product(keep: tuple[Tensor, ...] = (packed, rounded, x)) -> Tensor:
+        self.buffers += [packed, rounded, x]
+
+        def product() -> Tensor:
             self.loop.product(*arguments)
             return y
 

@@ -8,10 +8,7 @@ quartiles of the kernel's time, and ratios.
 import ctypes
 import itertools
 import os
-import shutil
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from compiled_library import compiled_library
 from interleaved import Function, interleaved
 from products_peers import dense_peers
 from torch import Tensor, nn
@@ -199,12 +197,7 @@ class IssueBound:
     def __init__(self) -> None:
         self.lanes = LANES[kernel()]
         flags = {4: "-msse2", 8: "-mavx2", 16: "-mavx512f"}[self.lanes]
-        source, compiler = Path(__file__).with_name("issue_bound.cpp"), shutil.which("g++") or "c++"
-        with tempfile.TemporaryDirectory() as folder:
-            library = f"{folder}/bound.so"
-            command = [compiler, "-O3", "-shared", "-fPIC", f"-DLANES={self.lanes}", flags, str(source), "-o", library]
-            subprocess.run(command, check=True)
-            self.loops = ctypes.CDLL(library)
+        self.loops = compiled_library("issue_bound.cpp", f"-DLANES={self.lanes}", flags)
         for loop in (self.loops.lookups_in_memory, self.loops.lookups_in_registers):
             loop.argtypes, loop.restype = [ctypes.c_long], None
 

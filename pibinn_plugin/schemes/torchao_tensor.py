@@ -22,7 +22,7 @@ from pibinn_plugin.structure import Dense, Structure
 with quiet_import():
     from torchao.utils import TorchAOBaseTensor
 
-__all__ = ["PIBiNNTensor", "PackedTensorRule"]
+__all__ = ["PIBiNNTensor"]
 
 aten = torch.ops.aten
 

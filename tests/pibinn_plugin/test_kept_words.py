@@ -132,7 +132,6 @@ def test_what_is_compiled_traced_or_exported_multiplies_the_bits_that_there_are(
     before = model(x)
     torch.testing.assert_close(torch.func.functional_call(model, swapped, (x,)) - model[0].bias, model[0].bias - before)
     assert torch.equal(model(x), before)
-    torch._dynamo.reset()
 
 
 def test_products_with_a_gradient_and_adjoints_take_the_stored_bits():
