@@ -19,19 +19,9 @@ from pibinn_plugin.storage.layer_names import expand
 from pibinn_plugin.structure import BlockDiagonal
 
 
-@pytest.fixture(scope="module")
-def packed():
-    return convert(trained())
-
-
 @pytest.fixture
-def path(packed, tmp_path):
-    return save(packed, tmp_path / "net.safetensors")
-
-
-@pytest.fixture
-def batch():
-    return torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
+def path(tmp_path):
+    return save(convert(trained()), tmp_path / "net.safetensors")
 
 
 def parts_of(path):
@@ -172,9 +162,9 @@ def test_a_hundred_inverted_bytes_are_damage(path):
     assert_refused(path, Network(1), "is damaged")
 
 
-def test_a_file_of_format_3_is_read(path, packed, batch):
-    loaded = load(as_format_3(path), into=Network(1)).eval()
-    assert torch.equal(loaded(batch), packed(batch))
+def test_a_file_of_format_3_is_read(path):
+    loaded, batch = load(as_format_3(path), into=Network(1)).eval(), torch.randn(5, 8)
+    assert torch.equal(loaded(batch), convert(trained())(batch))
 
 
 def test_file_without_our_metadata_or_no_file_at_all(tmp_path, path):
