@@ -5,7 +5,7 @@ EXTRAS := torchao,brevitas,lightning,export,c,plot,docs,dev
 ENVIRONMENT := .venv/environment.stamp
 
 # The tests whose results depend on the path of the kernel, and all paths, best first.
-KERNEL_TESTS := $(addprefix tests/pibinn_plugin/test_,kernel_values.py kernel_threads.py kernel_arguments.py int8_activations.py)
+KERNEL_TESTS := $(addprefix tests/pibinn_plugin/test_,kernel_values.py kernel_convolutions.py kernel_threads.py kernel_arguments.py int8_activations.py)
 OTHER_PATHS := from pibinn_plugin.functional import kernel; \
 	paths = ["avx512", "avx2", "portable", "torch"]; print(*paths[paths.index(kernel()) + 1 :])
 

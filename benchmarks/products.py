@@ -27,10 +27,11 @@ from lightning_modules.machine import machine
 from pibinn_plugin.functional import kernel
 from pibinn_plugin.kernel import native
 from pibinn_plugin.nn import CompactLinear
-from pibinn_plugin.packed import UnpackSigns, multiply_bits, read_from_bits
+from pibinn_plugin.packed import multiply_bits
 from pibinn_plugin.packing import PackedSigns, unpack_signs
 from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.structure.sparse_rows import sparse_rows
+from pibinn_plugin.unpack_signs import UnpackSigns, read_from_bits
 
 RESULTS = Path(__file__).parent / "results" / "products.md"
 CASES = [

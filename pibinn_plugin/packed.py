@@ -1,14 +1,12 @@
-"""The packed form of any module: bits in the place of a weight, unpacked when the weight is read.
+"""Which packed layers multiply their bits as they are: the same values as by the weight, faster.
 
-The module stays the object that it was, with its class, attributes and hooks; ``module.weight`` is still W. That is all
-a packed network needs. `multiply_bits` is put on last, where a layer is exactly a stock one: it then multiplies its
-bits as they are, the same values faster. Weights that are read (convolutions, raw parameters) are kept unpacked for
-inference, and bits that are multiplied are kept in the order of their use, see `keep_unpacked`.
+A packed module reads its weight (`unpack_signs`), which is all that it needs. `multiply_bits` is put on last, where a
+layer is exactly a stock one: linear layers are here, convolutions in `packed_convolutions`. What is kept in memory for
+inference is counted and switched off here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,165 +17,23 @@ from typing_extensions import override
 
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.functional import packed_linear, packed_linear_adjoint, packed_linear_int8
-from pibinn_plugin.kept import KeptWeight, KeptWords, can_be_kept, can_be_laid_out
 from pibinn_plugin.kernel import native
-from pibinn_plugin.kernel.native import Blocks, Layout
+from pibinn_plugin.kernel.native import Layout
 from pibinn_plugin.nn import CompactLinear
-from pibinn_plugin.packing import PackedSigns
-from pibinn_plugin.parametrized import parametrize_by, set_class_before
-from pibinn_plugin.quantizer import GlobalScale, OneBitRule, check_scale
+from pibinn_plugin.packed_convolutions import PackedConv1d, PackedConv2d
+from pibinn_plugin.parametrized import set_class_before
 from pibinn_plugin.structure import BlockDiagonal, Dense
+from pibinn_plugin.unpack_signs import PackedLayer, UnpackSigns
 
 # Multiply-adds of a dense layer up to which the call of the kernel takes longer than torch's product of floats.
 _SMALL = 2**14
 
 
-class UnpackSigns(OneBitRule):
-    """A torch parametrization whose original is the packed signs and whose value is the weight ``λ · S ⊙ M``.
-
-    Args:
-        scale: the network's λ.
-        packed: the weight.
-        compact: True where the parameter is the compact form.
-        dtype: of the weight; it follows the module to another one.
-
-    Raises:
-        ScaleError: λ is no positive finite number in this dtype.
-    """
-
-    def __init__(self, scale: GlobalScale, packed: PackedSigns, compact: bool, dtype: torch.dtype) -> None:
-        super().__init__(scale, packed.structure, packed.shape, compact)
-        if scale.value.device.type != "meta":
-            check_scale(scale().item(), dtype)
-        self.dtype = dtype
-        self.keeps_weight = True
-        self._kept: KeptWeight | None = None
-        self._words: KeptWords | None = None
-
-    @override
-    def forward(self, bits: Tensor) -> Tensor:
-        weight = self.kept_weight(bits)
-        if weight is None and torch.compiler.is_dynamo_compiling():
-            weight = self._refreshed(bits)
-        return self._unpack(bits) if weight is None else weight
-
-    def _refreshed(self, bits: Tensor) -> Tensor | None:
-        """In compiled code: the weight that was unpacked before, brought up to date by an operator of the graph."""
-        kept, scale = self._kept, self.scale.value
-        is_whole = self.compact or isinstance(self.structure, Dense)
-        if kept is None or not is_whole or self.dtype != kept.weight.dtype or not self._can_unpack(bits, scale):
-            return None
-        native.refresh(kept.weight, kept.seen, bits, scale)
-        return kept.weight
-
-    def _can_unpack(self, bits: Tensor, scale: Tensor) -> bool:
-        needs_gradient = torch.is_grad_enabled() and scale.requires_grad
-        return not needs_gradient and self.dtype in native.DTYPES and native.can_run(scale, bits, scale, None)
-
-    def kept_weight(self, bits: Tensor) -> Tensor | None:
-        """The unpacked weight, where it is kept or can be from now on; None in graphs, which unpack it themselves."""
-        if torch.compiler.is_dynamo_compiling():  # what traces otherwise is noticed by the kept weight
-            return None
-        kept = self._kept  # once: another thread may drop it
-        scale = self._scale[0]._parameters.get("value")
-        if kept is not None and kept.is_of(bits, scale):
-            return kept.weight
-        kept = None
-        if self.keeps_weight and scale is not None and can_be_kept(bits, scale):
-            kept = KeptWeight(bits, scale, lambda: self._unpack(bits))
-        self._kept = kept
-        return None if kept is None else kept.weight
-
-    def kept_words(self, bits: Tensor, blocks: Blocks) -> Tensor:
-        """What a product with these blocks takes: the bits laid out for it where that is kept, or else as they are."""
-        if torch.compiler.is_dynamo_compiling():
-            return bits
-        kept = self._words  # once: another thread may drop it
-        if kept is None or not kept.is_of(bits):
-            kept = None
-            if self.keeps_weight and can_be_laid_out(bits):
-                count = self.structure.nnz(self.shape)
-                kept = KeptWords(bits, lambda: native.prepare(bits, blocks, count))
-            self._words = kept
-        return bits if kept is None or kept.words is None else kept.words
-
-    def _unpack(self, bits: Tensor) -> Tensor:
-        scale = self.scale.value
-        if self._can_unpack(bits, scale):
-            packed = PackedSigns(bits, self.structure, self.shape)
-            values = native.unpack(bits, scale, packed.nnz, self.dtype)
-            return values if self.compact else self.structure.to_dense(values, self.shape)
-        return PackedSigns(bits, self.structure, self.shape).weight(self.scale(), self.compact, self.dtype)
-
-    @property
-    def kept_bytes(self) -> int:
-        """The memory of what is kept now: the unpacked weight, and the bits laid out for products."""
-        kept, words = self._kept, self._words
-        unpacked = 0 if kept is None else kept.weight.nbytes
-        return unpacked + (0 if words is None or words.words is None else words.words.nbytes)
-
-    def drop_kept(self) -> None:
-        """Give that memory back."""
-        self._kept = self._words = None
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles unpack their weights and lay out their bits anew."""
-        return {**vars(self), "_kept": None, "_words": None}
-
-    @override
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.drop_kept()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnpackSigns:
-        self.drop_kept()
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.value.device)).dtype
-        return self
-
-
-def read_from_bits(module: nn.Module, name: str, unpack: UnpackSigns, bits: Tensor) -> None:
-    """Let ``module.<name>`` be read from packed bits, in place; what it was before is dropped.
-
-    Where the parameter is parametrized already, its later parametrizations stay on top.
-    """
-    native.warn_without_kernel()
-    if parametrize.is_parametrized(module, name):
-        # Not remove_parametrizations: it edits the class, which a deepcopy shares with the model it was copied from.
-        chain: Any = module.parametrizations[name]  # type: ignore[index]
-        del chain.original
-        chain.register_buffer("original", bits)
-        chain[0] = unpack
-        unpack.is_attached = True
-    else:
-        delattr(module, name)
-        module.register_buffer(name, bits)
-        # unsafe: bytes go in and floating-point weights come out.
-        parametrize_by(module, name, unpack, unsafe=True)
-
-
-class _MultipliesBits(nn.Module):
+class _MultipliesBits(PackedLayer):
     """A linear layer whose product is that of its packed bits; with anything attached to the weight, that of W."""
 
     int8_activations = False  # how the layer runs, not what it is: in no state dict or file
     _layout: Layout | None
-
-    @property
-    def packed_signs(self) -> PackedSigns:
-        """The packed weight."""
-        rule = self._rule
-        return PackedSigns(self.bits, rule.structure, rule.shape)
-
-    @property
-    def bits(self) -> Tensor:
-        """The packed signs, uint8 of shape ``(bytes,)``."""
-        return self.parametrizations.weight.original  # type: ignore[union-attr,return-value]
-
-    @property
-    def _rule(self) -> UnpackSigns:
-        return self.parametrizations.weight[0]  # type: ignore[union-attr,index,return-value]
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -219,15 +75,6 @@ class _MultipliesBits(nn.Module):
         rule = self._rule
         can_run = input.dtype != rule.dtype or native.can_run(input, self.bits, rule.scale.value, None)
         return not can_run and rule.kept_weight(self.bits) is not None
-
-    def _plain_chain(self) -> Any:
-        """The parametrization of the weight, where it is its packed signs and nothing else."""
-        # Dictionaries, not attributes: nn.Module looks those up in Python, longer than a small product takes.
-        parametrizations = self._modules.get("parametrizations")
-        if parametrizations is None:
-            return None
-        chain = parametrizations._modules.get("weight")
-        return chain if chain is not None and len(chain._modules) == 1 else None
 
     def _product(self, product: Any, input: Tensor, bias: Tensor | None) -> Tensor:
         rule = self._rule
@@ -271,35 +118,41 @@ class PackedCompactLinear(_MultipliesBits, CompactLinear):
     """`CompactLinear` on packed signs."""
 
 
-_PACKED_LAYERS: dict[type[nn.Module], type[_MultipliesBits]] = {
+_PACKED_LAYERS: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Linear: PackedLinear,
     CompactLinear: PackedCompactLinear,
+    nn.Conv1d: PackedConv1d,
+    nn.Conv2d: PackedConv2d,
 }
 
 
 def multiply_bits(module: nn.Module) -> None:
-    """Let a layer whose weight is packed multiply its bits directly, where it is exactly a stock linear layer.
+    """Let a layer whose weight is packed multiply its bits directly, where it is exactly a stock layer.
 
-    That is: of the very class, with nothing attached. Whatever else a module does, it goes on doing with the weight.
+    That is: of the very class, with nothing attached, and of convolutions those without a mask. Whatever else a module
+    does, it goes on doing with the weight.
     """
     packed_layer = _PACKED_LAYERS.get(parametrize.type_before_parametrizations(module))
     if packed_layer is None or _has_attachments(module):
         return
+    rule: UnpackSigns = module.parametrizations["weight"][0]  # type: ignore[index,assignment]
+    structure = rule.structure
+    if issubclass(packed_layer, _MultipliesBits):
+        is_permuted = isinstance(structure, BlockDiagonal) and structure.row_order is not None
+        module._layout = None if is_permuted else native.layout_of(structure, rule.shape)  # type: ignore[assignment]
+    elif not isinstance(structure, Dense):
+        return
     set_class_before(module, packed_layer)
-    layer: Any = module
-    structure = layer._rule.structure
-    is_permuted = isinstance(structure, BlockDiagonal) and structure.row_order is not None
-    layer._layout = None if is_permuted else native.layout_of(structure, layer._rule.shape)
 
 
 def stop_multiplying_bits(module: nn.Module) -> bool:
     """Undo `multiply_bits`: the layer has its stock class again. Returns whether it multiplied its bits."""
     packed_layer = parametrize.type_before_parametrizations(module)
-    if not issubclass(packed_layer, _MultipliesBits):
+    if not issubclass(packed_layer, PackedLayer):
         return False
     set_class_before(module, packed_layer.__bases__[1])
-    vars(module).pop("_layout")
-    vars(module).pop("int8_activations", None)
+    for name in ("_layout", "int8_activations"):
+        vars(module).pop(name, None)
     return True
 
 
@@ -379,10 +232,3 @@ def unpacked_bytes(model: nn.Module) -> int:
     `keep_unpacked` has an example.
     """
     return sum(module.kept_bytes for module in model.modules() if isinstance(module, UnpackSigns))
-
-
-def packed_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, UnpackSigns]]:
-    """Name, bits and rule of each parameter of a module that is read from packed bits."""
-    for name, chain in getattr(module, "parametrizations", {}).items():
-        if isinstance(unpack := chain[0], UnpackSigns):
-            yield name, chain.original, unpack

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pibinn_plugin.errors import ScaleError
-from pibinn_plugin.packed import UnpackSigns, packed_parameters
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale, SignQuantizer
 from pibinn_plugin.sharding import part_of, whole
 from pibinn_plugin.structure import Structure
+from pibinn_plugin.unpack_signs import UnpackSigns, packed_parameters
 
 PACKED = "packed"  # in the place of a scheme's name, for a weight in the packed form
 

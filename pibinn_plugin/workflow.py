@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pibinn_plugin.comparison import check_same_outputs
 from pibinn_plugin.errors import PIBiNNError, ScaleError
-from pibinn_plugin.packed import UnpackSigns, multiply_bits, read_from_bits
+from pibinn_plugin.packed import multiply_bits
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale, check_scale, initial_scale
 from pibinn_plugin.references import copy_of, refuse_stale_methods
@@ -18,6 +18,7 @@ from pibinn_plugin.rollback import unchanged_on_error
 from pibinn_plugin.schemes import release, scheme_of
 from pibinn_plugin.schemes.base import Scheme
 from pibinn_plugin.targets import Target, Targets, resolve_targets
+from pibinn_plugin.unpack_signs import UnpackSigns, read_from_bits
 from pibinn_plugin.weights import (
     OneBitWeight,
     Place,

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from pibinn_plugin.errors import ExportError, PIBiNNError
 from pibinn_plugin.export.verify import Runner, verify
-from pibinn_plugin.packed import UnpackSigns
 from pibinn_plugin.quantizer import GlobalScale
 from pibinn_plugin.references import copy_of
+from pibinn_plugin.unpack_signs import UnpackSigns
 from pibinn_plugin.weights import (
     one_bit_weights,
     packed_weights,

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from pibinn_plugin.export.rules import narrow
 from pibinn_plugin.export.unpack import UnpackForExport, row_major_bits
+from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packed import stop_multiplying_bits
 from pibinn_plugin.parametrized import set_class_before
 from pibinn_plugin.quantizer import GlobalScale
@@ -59,7 +60,8 @@ def use_exportable_weights(model: nn.Module) -> None:
 def _make_exportable(weight: OneBitWeight, place: Place, scale: GlobalScale) -> None:
     module: Any = place.module
     packed, compact = weight.packed, weight.compact
-    if stop_multiplying_bits(module):  # a stock layer, whose product may be written in another way
+    is_linear = isinstance(module, nn.Linear | CompactLinear)
+    if stop_multiplying_bits(module) and is_linear:  # a stock layer, whose product may be written in another way
         compact = isinstance(packed.structure, BlockDiagonal) and packed.structure.rows is None
         set_class_before(module, _BlockDiagonalLinear if compact else nn.Linear)
         if compact:

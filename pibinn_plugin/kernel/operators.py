@@ -6,6 +6,7 @@ the same names (`cpu`, whose shared object does it in C++). Another one is a fil
 
 ``packed_linear`` has the scale and the bias in it and no gradient; ``sign_product`` is linear and has one.
 ``packed_linear_int8`` rounds each sample to int8 multiples of its activation scale; its scale is a signed one.
+``packed_convolution`` is ``packed_linear`` for the images or signals of a convolution, in float32, without a gradient.
 ``prepare`` lays the bits of blocks out in the order in which a product uses them: words of 32, for this processor and
 this process alone. Operators for blocks, unless transposed, take these words in the place of the bits.
 ``unpack`` gives the values ``±λ`` of the first ``count`` bits; ``refresh`` writes them into a weight that was unpacked
@@ -65,6 +66,11 @@ def _define() -> None:
             f"Tensor activation_scales, {_LAYOUTS[name]}, Tensor? bias=None) -> Tensor"
         )
         _fake(_overload("packed_linear_int8", name), _packed_linear_int8)
+    _library.define(
+        "packed_convolution(Tensor input, Tensor bits, Tensor scale, int outputs, int[] kernel_size, int[] stride, "
+        "int[] padding, int[] dilation, int groups, Tensor? bias=None) -> Tensor"
+    )
+    _fake("packed_convolution", _packed_convolution)
     _library.define("prepare(Tensor bits, int[] rows, int[] columns) -> Tensor")
     _fake("prepare", _prepare)
     _library.define("unpack(Tensor bits, Tensor scale, int count, ScalarType dtype) -> Tensor")
@@ -115,6 +121,27 @@ def _sign_product(
     return input.new_empty((*input.shape[:-1], features))
 
 
+def _packed_convolution(
+    input: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    outputs: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    axes = zip(input.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    positions = [(size + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, gap in axes]
+    channels_last = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.contiguous_format if input.is_contiguous() or not channels_last else torch.channels_last
+    return torch.empty(
+        (input.shape[0], outputs, *positions), dtype=input.dtype, device=input.device, memory_format=memory_format
+    )
+
+
 def prepared_words(rows: Sequence[int], columns: Sequence[int]) -> int:
     """The words that ``prepare`` makes: one bit for each weight, and for what fills rows and columns up to 32."""
     return sum(-(-row // 32) * 32 * -(-column // 32) for row, column in zip(rows, columns, strict=True))
@@ -156,6 +183,7 @@ PRODUCT: dict[type, Any] = {
     tuple: _ops.sign_product.uneven,
     Tensor: _ops.sign_product.sparse_unchecked,
 }
+CONVOLUTION: Any = _ops.packed_convolution.default
 PREPARE: Any = _ops.prepare.default
 UNPACK: Any = _ops.unpack.default
 REFRESH: Any = _ops.refresh.default

@@ -55,6 +55,17 @@ int64_t in_blocks(const Problem& problem, const Part* parts, int64_t count, char
   return bytes;
 }
 
+int64_t in_positions(const Problem& problem, const Part* parts, int64_t count, char* scratch,
+                     const Convolution& convolution) {
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t needed = portable_path.convolution_scratch_bytes(convolution, parts[i]);
+    bytes = needed > bytes ? needed : bytes;
+    if (scratch) portable_path.convolve(problem, convolution, parts[i], scratch);
+  }
+  return bytes;
+}
+
 int64_t in_rows(const Problem& problem, const SparsePart* parts, int64_t count, char* scratch, const SparseRows& rows) {
   for (int64_t i = 0; scratch && i < count; i++) portable_path.compute_sparse(problem, rows, parts[i], scratch);
   return portable_path.sparse_scratch_bytes(rows, problem.transposed);
@@ -77,9 +88,14 @@ int main() {
     } else {
       const uint64_t count = take_number(), scratch = take_number();
       const auto& problem = *at<Problem>(first);
-      const int64_t bytes = command == 'b'
-                                ? in_blocks(problem, at<Part>(second), count, at<char>(scratch))
-                                : in_rows(problem, at<SparsePart>(second), count, at<char>(scratch), *at<SparseRows>(take_number()));
+      int64_t bytes;
+      if (command == 'b') {
+        bytes = in_blocks(problem, at<Part>(second), count, at<char>(scratch));
+      } else if (command == 'p') {
+        bytes = in_positions(problem, at<Part>(second), count, at<char>(scratch), *at<Convolution>(take_number()));
+      } else {
+        bytes = in_rows(problem, at<SparsePart>(second), count, at<char>(scratch), *at<SparseRows>(take_number()));
+      }
       give(&bytes, sizeof(bytes));
     }
   }

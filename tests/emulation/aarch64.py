@@ -58,7 +58,7 @@ class Process:
 
     def call(self, function, *arguments):
         """Run a function; what it returns."""
-        return self._number({"in_blocks": b"b", "in_rows": b"s"}[function], *arguments)
+        return self._number({"in_blocks": b"b", "in_positions": b"p", "in_rows": b"s"}[function], *arguments)
 
     def close(self):
         """End the process."""

@@ -7,6 +7,7 @@ read. `tests/scripts/native_kernel_cases.py` is the same on a real processor.
 
 import ctypes
 import itertools
+import math
 import random
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Problem(ctypes.Structure):
 
 def content(tensor):
     """The bytes of a tensor."""
-    return bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
+    return bytes(tensor.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).tolist())
 
 
 def product(processor, function, divisions, flags, matrix, samples, dtype, transposed, is_int8, words, *more):
@@ -121,6 +122,58 @@ def in_rows(processor, rows, columns, samples, dtype, transposed, is_ordered):
     return product(processor, "in_rows", divisions, flags, matrix, samples, dtype, transposed, False, 0, described)
 
 
+def in_positions(processor, groups, channels, outputs, images, sizes, kernel, stride, padding, dilation, is_last):
+    """A convolution of random images, whose channels may lie side by side: its largest error, likewise."""
+    signs = torch.rand(groups * outputs, channels, *kernel) < 0.5
+    x, bias = torch.randn(images, groups * channels, *sizes), torch.randn(groups * outputs)
+    weight = SCALE * (signs.double() * 2 - 1)
+    expected, magnitudes = (
+        torch.nn.functional.conv2d(*tensors, stride, padding, dilation, groups)
+        for tensors in ((x.double(), weight, bias.double()), (x.double().abs(), weight.abs(), bias.double().abs()))
+    )
+    stored = x.permute(0, 2, 3, 1) if is_last else x
+    strides = torch.empty_like(x, memory_format=torch.channels_last if is_last else torch.contiguous_format).stride()
+    axes = zip(sizes, kernel, stride, padding, dilation, expected.shape[2:], strides[2:], strict=True)
+    described = [images, channels, *(number for axis in axes for number in axis), *strides[:2], int(is_last)]
+    positions, inputs = expected[:, 0].numel(), math.prod(signs.shape[1:])
+    bits, output = pack_bits(signs.flatten()), torch.full((expected.numel(),), torch.nan)
+    problem = Problem(
+        *(processor.place("bits", content(bits)), len(bits), 0),
+        *(processor.place("input", content(stored)), processor.place("output", content(output))),
+        *(processor.place("bias", content(bias)), 0),
+        *(0, groups * outputs, positions, SCALE, False, 0),
+    )
+    convolution = processor.place("described", content(torch.tensor(described)))
+    results = []
+    for most_outputs, most_samples in ((512, positions), (64, 13)):
+        blocks = [(outputs, inputs)] * groups
+        parts = parts_of(blocks, positions, False, most_outputs, most_samples)
+        call = processor.place("call", bytes(problem) + content(torch.tensor(parts)))
+        arguments = (call, call + ctypes.sizeof(Problem), len(parts))
+        scratch = (processor.call("in_positions", *arguments, 0, convolution) + 63) // 64 * 64
+        garbage = processor.place("scratch", random.randbytes(scratch))
+        processor.write(problem.output, content(output))
+        processor.call("in_positions", *arguments, garbage, convolution)
+        results.append(processor.read(problem.output, len(content(output))))
+    assert results[0] == results[1], f"{described}: it depends on the parts"
+    output = torch.frombuffer(bytearray(results[0]), dtype=torch.float32).double()
+    output = (
+        output.view(expected.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2) if is_last else output.view(expected.shape)
+    )
+    return ((output - expected).abs() / (DTYPES[torch.float32][1] * magnitudes)).max().item()
+
+
+def random_convolution():
+    """The arguments of `in_positions`."""
+    kernel, stride, padding, dilation = (
+        [random.randint(*ends) for _ in "hw"] for ends in ((1, 4), (1, 3), (0, 2), (1, 2))
+    )
+    reaches = zip(kernel, padding, dilation, strict=True)
+    sizes = [max(1, gap * (width - 1) + 1 - 2 * pad) + random.randint(0, 20) for width, pad, gap in reaches]
+    numbers = random.randint(1, 3), random.randint(1, 9), random.choice((1, 5, 33, 100)), random.randint(1, 3)
+    return *numbers, sizes, kernel, stride, padding, dilation, random.random() < 0.5
+
+
 def run_cases(processor, count=400):
     """Run so many cases of each kind; returns how many products there were and their largest error."""
     random.seed(0)
@@ -132,6 +185,7 @@ def run_cases(processor, count=400):
         sizes = [(600, 33)] if case == 0 else [(33, 600)] if case == 1 else sizes
         errors.append(in_blocks(processor, sizes, samples, dtype, transposed, not transposed and case % 4 == 1))
         errors.append(in_rows(processor, *sizes[0], samples, dtype, transposed, case % 3 == 0))
+        errors.append(in_positions(processor, *random_convolution()))
     return len(errors), max(errors)
 
 

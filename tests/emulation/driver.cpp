@@ -21,7 +21,7 @@ void* memset(void* to, int value, unsigned long count) {
   return to;
 }
 
-// Both end the emulation, with the bytes of scratch memory that the products would need in rax.
+// All end the emulation, with the bytes of scratch memory that the products would need in rax.
 [[gnu::used]] void in_blocks(const Problem* problem, const Part* parts, int64_t count, char* scratch) {
   int64_t bytes = 0;
   for (int64_t i = 0; i < count; i++) {
@@ -31,6 +31,17 @@ void* memset(void* to, int value, unsigned long count) {
     if (problem->words && parts[i].output_begin == 0 && parts[i].sample_begin == 0)  // the first part of its block
       avx512_path.prepare(problem->bits, problem->bytes, parts[i].block, (uint32_t*)problem->words);
     avx512_path.compute(*problem, parts[i], scratch);
+  }
+  asm volatile("hlt" ::"a"(bytes));
+}
+
+[[gnu::used]] void in_positions(const Problem* problem, const Part* parts, int64_t count, char* scratch,
+                                const Convolution* convolution) {
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t needed = avx512_path.convolution_scratch_bytes(*convolution, parts[i]);
+    bytes = needed > bytes ? needed : bytes;
+    if (scratch) avx512_path.convolve(*problem, *convolution, parts[i], scratch);
   }
   asm volatile("hlt" ::"a"(bytes));
 }

@@ -26,7 +26,7 @@ def tools():
 
 def test_products_of_the_portable_path_are_those_in_float64():
     count, error = run("import aarch64; print(*aarch64.main(24))").split()
-    assert int(count) == 48
+    assert int(count) == 72
     assert float(error) <= 1.0
 
 

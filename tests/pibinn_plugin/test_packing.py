@@ -11,10 +11,10 @@ from hypothesis.extra import numpy as hnp
 
 from pibinn_plugin import StructureError
 from pibinn_plugin.bits import pack_bits, unpack_bits
-from pibinn_plugin.packed import UnpackSigns
 from pibinn_plugin.packing import PackedSigns, unpack_signs
 from pibinn_plugin.quantizer import GlobalScale, quantize_sign
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask
+from pibinn_plugin.unpack_signs import UnpackSigns
 
 CASES = [
     (Dense(), (3, 5)),

@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 import pibinn_plugin as pb
-from pibinn_plugin.packed import UnpackSigns, keep_unpacked, multiply_bits, read_from_bits
+from pibinn_plugin.packed import keep_unpacked, multiply_bits
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.quantizer import GlobalScale
+from pibinn_plugin.unpack_signs import UnpackSigns, read_from_bits
 
 BLOCKS = [
     (pb.Dense(), (5, 40)),

@@ -20,7 +20,8 @@
 #include "path.inc"
 
 namespace pibinn {
-extern const Path avx2_path{"avx2", LANES, scratch_bytes, compute, prepare, sparse_scratch_bytes, compute_sparse};
+extern const Path avx2_path{"avx2", LANES, scratch_bytes, compute, prepare, convolution_scratch_bytes, convolve,
+                            sparse_scratch_bytes, compute_sparse};
 }  // namespace pibinn
 
 #if defined(__clang__)

@@ -97,6 +97,48 @@ std::vector<SparsePart> divide_sparse(const Problem& problem, const SparseRows& 
   return parts;
 }
 
+struct Samples {
+  int64_t begin, end;
+};
+
+// The samples of a convolution, about so many at a time: whole images, rows of one image, or a piece of one row, so that
+// what a part needs of the images is a box that holds little else.
+std::vector<Samples> cut_positions(const Convolution& convolution, int64_t most) {
+  const int64_t positions = convolution.positions(), width = convolution.columns.outputs;
+  const int64_t images = positions > most ? 1 : most / positions, rows = width > most ? 1 : most / width;
+  std::vector<Samples> pieces;
+  if (positions <= most) {
+    for (int64_t image = 0; image < convolution.images; image += images)
+      pieces.push_back({image * positions, std::min(image + images, convolution.images) * positions});
+    return pieces;
+  }
+  const int64_t step = width > most ? most : rows * width, range = width > most ? width : positions;
+  for (int64_t start = 0; start < convolution.images * positions; start += range)
+    for (int64_t n = 0; n < range; n += step) pieces.push_back({start + n, start + std::min(n + step, range)});
+  return pieces;
+}
+
+std::vector<Part> divide_convolution(const Path& path, const Convolution& convolution, const std::vector<Block>& groups,
+                                     int64_t threads) {
+  int64_t most_samples = 256, most_outputs = PANEL;
+  while (true) {
+    const std::vector<Samples> pieces = cut_positions(convolution, most_samples);
+    std::vector<Part> parts;
+    for (const Block& group : groups)
+      for (const Samples& samples : pieces)
+        for (int64_t o = 0; o < group.rows; o += most_outputs)
+          parts.push_back({group, o, std::min(o + most_outputs, group.rows), samples.begin, samples.end});
+    if (threads == 1 || (int64_t)parts.size() >= 4 * threads) return parts;
+    if (most_samples > 8 * path.lanes) {
+      most_samples /= 2;
+    } else if (most_outputs > 64) {
+      most_outputs /= 2;
+    } else {
+      return parts;
+    }
+  }
+}
+
 // Calls compute_part(i, scratch) for each of so many parts.
 template <typename Function>
 void run_parts(int64_t count, int64_t threads, int64_t scratch_bytes, const Function& compute_part) {
@@ -180,6 +222,20 @@ void compute(const Path& path, const Problem& problem, const SparseRows& rows) {
   const std::vector<SparsePart> parts = divide_sparse(problem, rows, threads);
   run_parts(parts.size(), threads, path.sparse_scratch_bytes(rows, problem.transposed),
             [&](int64_t i, char* scratch) { path.compute_sparse(problem, rows, parts[i], scratch); });
+}
+
+void compute(const Path& path, const Problem& problem, const Convolution& convolution, const std::vector<Block>& groups) {
+  const int64_t products = static_cast<int64_t>(groups.size()) * groups[0].rows * groups[0].columns * problem.samples;
+  const int64_t threads = products < SERIAL_PRODUCTS ? 1 : get_num_threads();
+  const std::vector<Part> parts = divide_convolution(path, convolution, groups, threads);
+  int64_t bytes = 0;
+  for (const Part& part : parts) {
+    if (Box::of(convolution, part.sample_begin, part.sample_end).size() > INT32_MAX)
+      throw std::runtime_error("pibinn: expected a convolution of which a few hundred positions need less than 2^31 inputs");
+    bytes = std::max(bytes, path.convolution_scratch_bytes(convolution, part));
+  }
+  run_parts(parts.size(), threads, bytes,
+            [&](int64_t i, char* scratch) { path.convolve(problem, convolution, parts[i], scratch); });
 }
 
 }  // namespace pibinn

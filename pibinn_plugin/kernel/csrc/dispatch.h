@@ -17,5 +17,6 @@ std::vector<Block> uneven_blocks(const std::vector<int64_t>& rows, const std::ve
 
 void compute(const Path& path, const Problem& problem, const std::vector<Block>& blocks);
 void compute(const Path& path, const Problem& problem, const SparseRows& rows);
+void compute(const Path& path, const Problem& problem, const Convolution& convolution, const std::vector<Block>& groups);
 
 }  // namespace pibinn

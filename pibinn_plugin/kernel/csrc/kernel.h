@@ -56,6 +56,52 @@ struct SparsePart {
   int64_t row_begin, row_end, sample_begin, sample_end;
 };
 
+// One of the two axes of the images that a convolution goes over.
+struct Axis {
+  int64_t inputs, kernel, stride, padding, dilation, outputs;
+  int64_t input_stride;  // elements from one input to the next
+};
+
+// A convolution is a product that has a sample for each position of its outputs: image after image, row after row. The
+// inputs of a sample are what lies under the kernel there: channel after channel of a group, row after row.
+struct Convolution {
+  int64_t images, channels;  // channels: of a group
+  Axis rows, columns;
+  int64_t image_stride, channel_stride;
+  bool channels_last;  // of the outputs
+
+  int64_t positions() const { return rows.outputs * columns.outputs; }
+};
+
+// What some samples need of an axis, in inputs; those outside of the image are its padding.
+struct Range {
+  int64_t begin, count;
+
+  static Range of(const Axis& axis, int64_t first_output, int64_t last_output) {
+    return {first_output * axis.stride - axis.padding,
+            (last_output - first_output) * axis.stride + (axis.kernel - 1) * axis.dilation + 1};
+  }
+};
+
+// What some samples need of the inputs of a group.
+struct Box {
+  int64_t first_image, images, channels;
+  Range rows, columns;
+
+  static Box of(const Convolution& convolution, int64_t sample_begin, int64_t sample_end) {
+    const int64_t positions = convolution.positions(), width = convolution.columns.outputs;
+    const int64_t first = sample_begin / positions, last = (sample_end - 1) / positions;
+    int64_t begin = sample_begin - first * positions, end = sample_end - 1 - last * positions;
+    if (first < last) begin = 0, end = positions - 1;
+    const int64_t row = begin / width, last_row = end / width;
+    const int64_t column = row < last_row ? 0 : begin % width, last_column = row < last_row ? width - 1 : end % width;
+    return {first, last - first + 1, convolution.channels, Range::of(convolution.rows, row, last_row),
+            Range::of(convolution.columns, column, last_column)};
+  }
+
+  int64_t size() const { return images * channels * rows.count * columns.count; }
+};
+
 constexpr int64_t SAMPLES = 32;  // of a sparse product, that are summed at a time
 constexpr int64_t PANEL = 512;  // the most outputs of a part; a multiple of 32 vectors of any path
 
@@ -66,6 +112,8 @@ struct Path {
   void (*compute)(const Problem&, const Part&, char* scratch);  // scratch is aligned to 64 bytes
   // Writes the bits of a block in the order in which its products use them, from its word_start on.
   void (*prepare)(const uint8_t* bits, int64_t bytes, const Block&, uint32_t* words);
+  int64_t (*convolution_scratch_bytes)(const Convolution&, const Part&);
+  void (*convolve)(const Problem&, const Convolution&, const Part&, char* scratch);
   int64_t (*sparse_scratch_bytes)(const SparseRows&, bool transposed);
   void (*compute_sparse)(const Problem&, const SparseRows&, const SparsePart&, char* scratch);
 };

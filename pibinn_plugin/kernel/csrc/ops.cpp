@@ -89,6 +89,21 @@ void check_bits(const Handle& bits, int64_t weights) {
                   "contiguous, of shape (", bytes, ",)");
 }
 
+// Bits, or words that were prepared.
+void take_signs(const Handle& bits, Problem& problem) {
+  const bool prepared = is_prepared(bits);
+  problem.words = prepared ? reinterpret_cast<const uint32_t*>(data_of(bits)) : nullptr;
+  problem.bits = prepared ? nullptr : reinterpret_cast<const uint8_t*>(data_of(bits));
+  problem.bytes = prepared ? 0 : Dimensions(bits).sizes[0];
+}
+
+const char* bias_of(const Handle& bias, int32_t dtype, int64_t outputs) {
+  const Dimensions shape(bias);
+  expect(dtype_of(bias) == dtype && shape.count == 1 && shape.sizes[0] == outputs && shape.is_contiguous(),
+         "expected a bias of shape (", outputs, ",), contiguous, of the dtype of the input");
+  return data_of(bias);
+}
+
 // S x for the sign matrix of these blocks or rows, whose bits were checked, times the scale, plus the bias; null stands
 // for 1 and 0. With activation scales, one a sample, x is rounded to int8 multiples of them.
 template <typename Layout>
@@ -123,14 +138,7 @@ AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, 
                     MOST_INT8_INPUTS, " columns in a block");
     problem.activation_scales = reinterpret_cast<const float*>(data_of(activation_scales));
   }
-  problem.bias = nullptr;
-  if (bias) {
-    const Dimensions shape(bias);
-    expect(
-        dtype_of(bias) == dtype && shape.count == 1 && shape.sizes[0] == weight.outputs && shape.is_contiguous(),
-        "expected a bias of shape (", weight.outputs, ",), contiguous, of the dtype of the input");
-    problem.bias = data_of(bias);
-  }
+  problem.bias = bias ? bias_of(bias, dtype, weight.outputs) : nullptr;
 
   AtenTensorHandle result;
   check(aoti_torch_empty_strided(given.count, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &result));
@@ -140,10 +148,7 @@ AtenTensorHandle product(Handle input, const Handle& bits, const Handle& scale, 
     input = contiguous(std::move(input));
     given = Dimensions(input);
   }
-  const bool prepared = is_prepared(bits);
-  problem.words = prepared ? reinterpret_cast<const uint32_t*>(data_of(bits)) : nullptr;
-  problem.bits = prepared ? nullptr : reinterpret_cast<const uint8_t*>(data_of(bits));
-  problem.bytes = prepared ? 0 : Dimensions(bits).sizes[0];
+  take_signs(bits, problem);
   problem.input = data_of(input);
   problem.output = data_of(output);
   problem.input_stride = given.is_contiguous() ? weight.inputs : given.strides[0];
@@ -288,6 +293,8 @@ void prepare(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(words.release());
 }
 
+#include "convolution_operator.inc"
+
 template <bool Checked>
 void sign_product_sparse(StableIValue* stack, uint64_t, uint64_t) {
   Handle input = take_tensor(stack[0]);
@@ -369,6 +376,7 @@ const Operator operators[] = {
     {"sign_product.uneven", &sign_product<false>},
     {"sign_product.sparse", &sign_product_sparse<true>},
     {"sign_product.sparse_unchecked", &sign_product_sparse<false>},
+    {"packed_convolution", &packed_convolution},
     {"prepare", &prepare},
     {"unpack", &unpack},
     {"refresh", &refresh},
@@ -384,7 +392,7 @@ void register_operators() {
 }  // namespace pibinn
 
 // Raised with every change of the operators above: Python leaves a shared object that was built before it alone.
-extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 7; }
+extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 8; }
 
 // Implement the operators, once. The name of the path in use, for Python; or an error as its message, which starts with
 // PIBINN_KERNEL where the environment is at fault.

@@ -6,5 +6,6 @@
 #include "path.inc"
 
 namespace pibinn {
-extern const Path portable_path{"portable", LANES, scratch_bytes, compute, prepare, sparse_scratch_bytes, compute_sparse};
+extern const Path portable_path{"portable", LANES, scratch_bytes, compute, prepare, convolution_scratch_bytes, convolve,
+                                sparse_scratch_bytes, compute_sparse};
 }  // namespace pibinn
