@@ -194,7 +194,7 @@ def use_int8_activations(model: nn.Module, enabled: bool = True) -> None:
 def keep_unpacked(model: nn.Module, enabled: bool = True) -> None:
     """Have a packed model keep the weights that it unpacks, as it does unless told otherwise, or stop keeping them.
 
-    For inference: a weight that is read as a tensor (of a convolution, a raw parameter, whatever multiplies by
+    For inference: a weight that is read as a tensor (a raw parameter, some convolutions, whatever multiplies by
     ``module.weight`` itself) is unpacked at its first use and kept until its bits or λ are written to, replaced or
     moved. It takes the memory of the float weight; `unpacked_bytes` counts it. Without, it is unpacked at each use.
     Linear layers do so for small products and where there is no kernel. Elsewhere they multiply their bits, and keep
