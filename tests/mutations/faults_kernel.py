@@ -72,8 +72,8 @@ FAULTS = [
     Fault("kernel/csrc/ops.cpp", "given.sizes[0] == bytes,", "given.sizes[0] >= bytes,", "kernel_arguments"),
     Fault(
         "kernel/csrc/ops.cpp",
-        "dtype_of(bias) == dtype && shape.count == 1 && shape.sizes[0] == weight.outputs",
-        "shape.count == 1 && shape.sizes[0] == weight.outputs",
+        "dtype_of(bias) == dtype && shape.count == 1 && shape.sizes[0] == outputs",
+        "shape.count == 1 && shape.sizes[0] == outputs",
         "kernel_arguments",
     ),
     Fault(
@@ -102,5 +102,40 @@ FAULTS = [
         "given.is_contiguous() ? weight.inputs : given.strides[0]",
         "weight.inputs",
         "kernel_values kernel_arguments native_kernel",
+    ),
+    Fault("kernel/csrc/convolution.inc", "row >= 0 && row < convolution.rows.inputs", "true", "kernel_convolutions"),
+    Fault(
+        "kernel/csrc/convolution.inc", "first[v * LANES] == LANES - 1", "first[v * LANES] > 0", "kernel_convolutions"
+    ),
+    Fault("kernel/csrc/convolution.inc", "samples >= (v + 1) * LANES && ", "", "kernel_convolutions"),
+    Fault("kernel/csrc/convolution.inc", "column * columns.dilation", "column", "kernel_convolutions"),
+    Fault("kernel/csrc/convolution.inc", "rest < count - i ? rest : count - i", "count - i", "kernel_convolutions"),
+    Fault(
+        "kernel/csrc/convolution.inc",
+        "first_channel * convolution.channel_stride, values",
+        "0, values",
+        "kernel_convolutions",
+    ),
+    Fault("kernel/csrc/kernel.h", "if (first < last) begin = 0, end = positions - 1;", "", "kernel_convolutions"),
+    Fault("kernel/csrc/convolution_operator.inc", "reach <= padded", "true", "kernel_convolutions"),
+    Fault(
+        "kernel/csrc/convolution_operator.inc",
+        "check_bits(bits, multiply(outputs, columns));",
+        "",
+        "kernel_convolutions",
+    ),
+    Fault("kernel/csrc/convolution_operator.inc", "outputs % groups == 0 && ", "", "kernel_convolutions"),
+    Fault("kernel/csrc/convolution_operator.inc", "scalar_of(dtype) == Scalar::float32", "true", "kernel_convolutions"),
+    Fault(
+        "kernel/csrc/dispatch.cpp",
+        "start + std::min(n + step, range)});",
+        "start + n + step});",
+        "kernel_convolutions",
+    ),
+    Fault(
+        "kernel/operators.py",
+        "if input.is_contiguous() or not channels_last else",
+        "if not channels_last else",
+        "kernel_convolutions",
     ),
 ]

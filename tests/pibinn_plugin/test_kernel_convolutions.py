@@ -46,6 +46,8 @@ def convolutions(draw):
 LARGE = (4, 8, 100, [70, 300], [3, 3], [1, 1], [1, 1], [1, 1])  # pieces of rows, and enough for all threads
 SMALL = (1, 40, 64, [4, 4], [3, 3], [1, 1], [1, 1], [1, 1])  # several images at a time
 
+NARROW = (1, 4, 3, [2, 3], [3, 3], [1, 1], [1, 1], [1, 1])  # two rows, which end a vector's length after they begin
+
 
 def random_case(case, images, dtype=torch.float32):
     """An input, its signs, and the arguments after the bits and the scale."""
@@ -73,6 +75,7 @@ def expected(x, signs, arguments):
 @example(LARGE, 2, "channels last")
 @example(SMALL, 40, "contiguous")
 @example(SMALL, 40, "channels last")
+@example(NARROW, 1, "contiguous")
 def test_convolution_is_that_of_the_float_weight(case, images, layout):
     x, signs, arguments = random_case(case, images)
     if layout == "channels last" and x.ndim == 4:
@@ -116,6 +119,17 @@ def test_infinite_missing_and_huge_inputs_keep_their_meaning(value):
 def test_no_images_give_no_images():
     x, signs, arguments = random_case(SMALL, 0)
     assert convolve(x, signs, arguments).shape == (0, 64, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "groups"),
+    [(40, [7, 3], [1, 1], 1), (40, [3, 7], [1, 2], 1), (8, [3, 3], [1, 1], 5)],
+)
+def test_what_does_not_fit_is_an_error(channels, kernel, stride, groups):
+    """With all the bits that it asks for: kernels that reach over the padding, outputs in parts of groups."""
+    x, signs = torch.randn(2, 40, 4, 4), torch.rand(64, channels, *kernel) < 0.5
+    with pytest.raises(RuntimeError, match="pibinn: expected"):
+        convolve(x, signs, (64, kernel, stride, [1, 1], [1, 1], groups))
 
 
 @pytest.mark.parametrize(
