@@ -281,6 +281,6 @@ FAULTS = [
     Fault("packed_convolutions.py", "not fits or not native.can_run", "not native.can_run", "packed_convolutions"),
     Fault("packed_convolutions.py", "None if torch.is_grad_enabled() else self", "self", "packed_convolutions"),
     Fault("packed.py", "    elif not isinstance(structure, Dense):\n        return\n", "", "packed_convolutions"),
-    Fault("packed_convolutions.py", "return inputs >= 32 if is_small else", "return", "packed_convolutions"),
+    Fault("packed_convolutions.py", "inputs >= 48 if is_small else ", "", "packed_convolutions"),
     Fault("parametrized.py", " and len(chain._modules) == 1\n", "\n", "kept packed_layers foreign_networks"),
 ]

@@ -85,6 +85,7 @@ def test_no_weight_is_unpacked_for_inference(layer, x):
     ("layer", "x"),
     [
         (nn.Conv2d(16, 16, 3, groups=16), IMAGES),  # too little to look up
+        (nn.Conv2d(16, 64, 1), CHANNELS_LAST),
         (nn.Conv2d(16, 16, 3), torch.randn(20, 16, 9, 9).to(memory_format=torch.channels_last)),
     ],
 )
@@ -133,8 +134,6 @@ def test_convolution_follows_every_change():
         lambda: packed.bias.data.neg_(),
         lambda: setattr(packed, "stride", (2, 1)),
         lambda: setattr(packed, "padding", (1, 2)),
-        lambda: parametrize.register_parametrization(packed, "bias", Twice()),
-        lambda: parametrize.register_parametrization(packed, "weight", Twice()),
         lambda: setattr(packed, "padding", "valid"),
     ):
         with torch.no_grad():
@@ -145,6 +144,14 @@ def test_convolution_follows_every_change():
         assert before.shape != after.shape or not torch.equal(before, after)
         check()
         check(copy.deepcopy(packed))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_is_parametrized_later_takes_part(name):
+    prepared, packed = pair(nn.Conv2d(16, 8, 3))
+    for model in (prepared, packed):
+        parametrize.register_parametrization(model[0], name, Twice())
+    assert_same(prepared, packed, IMAGES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
