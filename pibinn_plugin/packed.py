@@ -137,11 +137,10 @@ def multiply_bits(module: nn.Module) -> None:
         return
     rule: UnpackSigns = module.parametrizations["weight"][0]  # type: ignore[index,assignment]
     structure = rule.structure
-    if issubclass(packed_layer, _MultipliesBits):
-        is_permuted = isinstance(structure, BlockDiagonal) and structure.row_order is not None
-        module._layout = None if is_permuted else native.layout_of(structure, rule.shape)  # type: ignore[assignment]
-    elif not isinstance(structure, Dense):
+    if not issubclass(packed_layer, _MultipliesBits) and not isinstance(structure, Dense):
         return
+    is_permuted = isinstance(structure, BlockDiagonal) and structure.row_order is not None
+    module._layout = None if is_permuted else native.layout_of(structure, rule.shape)  # type: ignore[assignment]
     set_class_before(module, packed_layer)
 
 

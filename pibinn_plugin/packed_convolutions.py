@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,36 +25,44 @@ class _Convolves(PackedLayer):
     out_channels: int
     groups: int
     padding_mode: str
+    _layout: tuple[int, int]  # outputs, and inputs of each
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        output = None if torch.is_grad_enabled() else self._convolved(input)
-        return super().forward(input) if output is None else output
+        chain: Any = None if torch.is_grad_enabled() else self._plain_chain()
+        if chain is not None and "bias" in self._parameters:
+            bits, rule, bias = chain._buffers["original"], chain._modules["0"], self._parameters["bias"]
+            scale = rule._scale[0]._parameters["value"]
+            if self._can_look_up(input, bits, scale, bias):
+                geometry = self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.groups
+                return CONVOLUTION(input, bits, scale, *geometry, bias)
+            weight = rule.kept_weight(bits)
+            if weight is not None:  # what follows would read it, in twice the time
+                return self._conv_forward(input, weight, bias)
+        return super().forward(input)
 
-    def _convolved(self, input: Tensor) -> Tensor | None:
-        """One call of the kernel; None for what it does not take: torch convolves that, or says what is wrong."""
-        chain = self._plain_chain()
+    def _can_look_up(self, input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
+        """Whether the kernel takes all this, and is faster; torch convolves the rest, or says what is wrong with it.
+
+        Written out: of a small convolution this takes half of the time.
+        """
         kernel, padding = self.kernel_size, self.padding
         if (
-            chain is None
-            or "bias" not in self._parameters  # parametrized
+            input.dtype is not torch.float32
+            or input.dim() != 2 + len(kernel)
+            or input.shape[1] != self.in_channels
             or isinstance(padding, str)
             or self.padding_mode != "zeros"
-            or input.dtype is not torch.float32
-            or input.ndim != 2 + len(kernel)
-            or input.shape[1] != self.in_channels
+            or not native.can_run(input, bits, scale, bias)
+            or not self._is_faster(input)
             or torch._C._is_any_autocast_enabled()
         ):
-            return None
-        bits, bias = chain._buffers["original"], self._parameters["bias"]
-        scale = chain._modules["0"]._scale[0]._parameters["value"]
-        axes = zip(input.shape[2:], kernel, padding, self.dilation, strict=True)
-        fits = all(size + 2 * pad > dilation * (width - 1) for size, width, pad, dilation in axes)
-        if not fits or not native.can_run(input, bits, scale, bias) or not self._is_faster(input):
-            return None
-        return CONVOLUTION(
-            input, bits, scale, self.out_channels, kernel, self.stride, padding, self.dilation, self.groups, bias
-        )
+            return False
+        for size, width, pad, dilation in zip(input.shape[2:], kernel, padding, self.dilation, strict=True):
+            if size + 2 * pad <= dilation * (width - 1):
+                return False
+        return True
 
     def _is_faster(self, input: Tensor) -> bool:
         """Whether looking sums up is faster than the convolution of floats, as measured on Zen 3.
@@ -62,13 +71,14 @@ class _Convolves(PackedLayer):
         outputs, for 32 inputs as for fewer. Torch has fast loops for images whose channels lie side by side, which are
         slow to start: few outputs pay only where there are few positions.
         """
-        width = math.prod(self.kernel_size)
-        inputs, outputs = self.in_channels // self.groups * width, self.out_channels // self.groups
-        is_channels_last = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
-        if input.is_contiguous() or not is_channels_last:
+        outputs, inputs = self._layout
+        if input.is_contiguous() or input.dim() != 4 or not input.is_contiguous(memory_format=torch.channels_last):
             return inputs >= 48
-        is_small = len(input) * math.prod(input.shape[2:]) <= 512
-        return width > 1 and (inputs >= 48 if is_small else inputs >= 144 and outputs >= 64)
+        if inputs == input.shape[1] // self.groups:  # 1 x 1
+            return False
+        if len(input) * input.shape[2] * input.shape[3] <= 512:
+            return inputs >= 48
+        return inputs >= 144 and outputs // self.groups >= 64
 
 
 class PackedConv1d(_Convolves, nn.Conv1d):  # type: ignore[misc]  # whose attributes are those above

@@ -271,16 +271,16 @@ FAULTS = [
     ),
     Fault("packed.py", "bias is None or bias.dtype is torch.float32", "True", "can_run"),
     Fault("packed_convolutions.py", '            or self.padding_mode != "zeros"\n', "", "packed_convolutions"),
-    Fault(
-        "packed_convolutions.py", "            chain is None\n            or ", "            ", "packed_convolutions"
-    ),
-    Fault("packed_convolutions.py", '"bias" not in self._parameters', "False", "packed_convolutions"),
+    Fault("packed_convolutions.py", 'chain is not None and "bias" in', '"bias" in', "packed_convolutions"),
+    Fault("packed_convolutions.py", ' and "bias" in self._parameters', "", "packed_convolutions"),
+    Fault("packed_convolutions.py", "<= dilation * (width - 1)", "< 0", "packed_convolutions"),
+    Fault("packed_convolutions.py", "input.shape[3] <= 512", "input.shape[3] < 0", "packed_convolutions"),
+    Fault("packed_convolutions.py", "outputs // self.groups >= 64", "True", "packed_convolutions"),
+    Fault("packed_convolutions.py", "isinstance(padding, str)", "False", "packed_convolutions"),
     Fault("packed_convolutions.py", "            or input.dtype is not torch.float32\n", "", "packed_convolutions"),
     Fault("packed_convolutions.py", "            or input.shape[1] != self.in_channels\n", "", "packed_convolutions"),
     Fault("packed_convolutions.py", "            or torch._C._is_any_autocast_enabled()\n", "", "packed_convolutions"),
-    Fault("packed_convolutions.py", "not fits or not native.can_run", "not native.can_run", "packed_convolutions"),
     Fault("packed_convolutions.py", "None if torch.is_grad_enabled() else self", "self", "packed_convolutions"),
-    Fault("packed.py", "    elif not isinstance(structure, Dense):\n        return\n", "", "packed_convolutions"),
-    Fault("packed_convolutions.py", "inputs >= 48 if is_small else ", "", "packed_convolutions"),
+    Fault("packed.py", " and not isinstance(structure, Dense):\n", " and False:\n", "packed_convolutions"),
     Fault("parametrized.py", " and len(chain._modules) == 1\n", "\n", "kept packed_layers foreign_networks"),
 ]
