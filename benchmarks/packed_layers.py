@@ -137,6 +137,10 @@ def cases() -> dict[str, Case]:
         "conv1d 64 → 64, 9, on 128": layer(lambda: nn.Conv1d(64, 64, 9, padding=4), 64, 128),
         "conv2d 64 → 64, 3 × 3, on 16 × 16": layer(lambda: nn.Conv2d(64, 64, 3, padding=1), 64, 16, 16),
         "conv2d 256 → 256, 3 × 3, on 4 × 4": layer(lambda: nn.Conv2d(256, 256, 3, padding=1), 256, 4, 4),
+        "conv2d 1 → 49, 7 × 7, on 64 × 64": layer(lambda: nn.Conv2d(1, 49, 7, padding=3), 1, 64, 64),
+        "conv2d of 64 channels apart, 3 × 3, on 32 × 32": layer(
+            lambda: nn.Conv2d(64, 64, 3, padding=1, groups=64), 64, 32, 32
+        ),
         "EEG network (configs/eeg_eog.yaml)": (HiddenLISTA, {"*.weight": None}, lambda batch: torch.randn(batch, 512)),
         "8 raw parameters 1024 × 1024": (
             RawParameters,

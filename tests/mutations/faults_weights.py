@@ -277,7 +277,7 @@ FAULTS = [
     Fault("packed_convolutions.py", "input.shape[3] <= 512", "input.shape[3] < 0", "packed_convolutions"),
     Fault("packed_convolutions.py", "outputs // self.groups >= 64", "True", "packed_convolutions"),
     Fault("packed_convolutions.py", "isinstance(padding, str)", "False", "packed_convolutions"),
-    Fault("packed_convolutions.py", "            or input.dtype is not torch.float32\n", "", "packed_convolutions"),
+    Fault("packed_convolutions.py", "input.dtype is not torch.float32", "False", "packed_convolutions"),
     Fault("packed_convolutions.py", "            or input.shape[1] != self.in_channels\n", "", "packed_convolutions"),
     Fault("packed_convolutions.py", "            or torch._C._is_any_autocast_enabled()\n", "", "packed_convolutions"),
     Fault("packed_convolutions.py", "None if torch.is_grad_enabled() else self", "self", "packed_convolutions"),
