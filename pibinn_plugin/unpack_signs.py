@@ -98,6 +98,7 @@ class UnpackSigns(OneBitRule):
         if self._can_unpack(bits, scale):
             packed = PackedSigns(bits, self.structure, self.shape)
             values = native.unpack(bits, scale, packed.nnz, self.dtype)
+            values = values.view(self.structure.compact_shape(self.shape))
             return values if self.compact else self.structure.to_dense(values, self.shape)
         return PackedSigns(bits, self.structure, self.shape).weight(self.scale(), self.compact, self.dtype)
 

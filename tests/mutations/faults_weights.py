@@ -270,6 +270,12 @@ FAULTS = [
         "kept_words",
     ),
     Fault("packed.py", "bias is None or bias.dtype is torch.float32", "True", "can_run"),
+    Fault(
+        "unpack_signs.py",
+        "            values = values.view(self.structure.compact_shape(self.shape))\n",
+        "",
+        "packed_layers",
+    ),
     Fault("packed_convolutions.py", '            or self.padding_mode != "zeros"\n', "", "packed_convolutions"),
     Fault("packed_convolutions.py", 'chain is not None and "bias" in', '"bias" in', "packed_convolutions"),
     Fault("packed_convolutions.py", ' and "bias" in self._parameters', "", "packed_convolutions"),

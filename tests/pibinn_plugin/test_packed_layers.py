@@ -7,9 +7,19 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pibinn_plugin import BlockDiagonal, PIBiNNError, ScaleError, convert, global_scale, prepare
+from pibinn_plugin import (
+    Banded,
+    BlockDiagonal,
+    Dense,
+    Mask,
+    PIBiNNError,
+    ScaleError,
+    convert,
+    global_scale,
+    prepare,
+)
 from pibinn_plugin.nn import CompactLinear
-from pibinn_plugin.packed import PackedCompactLinear, PackedLinear, use_int8_activations
+from pibinn_plugin.packed import PackedCompactLinear, PackedLinear, keep_unpacked, use_int8_activations
 
 
 class Twice(nn.Module):
@@ -80,6 +90,42 @@ def test_what_is_attached_to_a_packed_layer_takes_part(name, make):
     for each in (model, packed):
         ATTACHMENTS[name](each[0])
     assert_same(model, packed)
+
+
+COMPACT = [
+    Dense(),
+    BlockDiagonal(2),
+    BlockDiagonal(2, row_order=(3, 0, 2, 1, 5, 4), column_order=(1, 0, 3, 2, 7, 6, 5, 4)),
+    BlockDiagonal(rows=(1, 5), columns=(6, 2)),
+    Banded(1, 2),
+    Mask(torch.rand(6, 8) < 0.5),
+]
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("structure", COMPACT, ids=repr)
+def test_the_weight_that_is_read_is_that_of_training_in_every_mode(structure, compact):
+    """Its shape too: with gradients and without, kept and not."""
+    layer = CompactLinear(8, 6, structure) if compact else nn.Linear(8, 6)
+    model = prepare(layer, {"weight": structure})
+    packed, expected = convert(model), model.weight.detach()
+    for enabled in (True, False):
+        keep_unpacked(packed, enabled)
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                for weight in (packed.weight, packed.weight):
+                    assert weight.shape == expected.shape
+                    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_compiled_code_reads_that_weight_too(enabled):
+    model = prepare(CompactLinear(8, 6, BlockDiagonal(2)), {"weight": None})
+    packed = convert(model)
+    keep_unpacked(packed, enabled)
+    with torch.no_grad():
+        assert packed.weight.shape == (2, 3, 4)  # before: what is kept is an input of the graph
+        assert torch.equal(torch.compile(lambda: packed.weight.clone(), fullgraph=True)(), model.weight)
 
 
 @pytest.mark.parametrize("make", LAYERS)
