@@ -82,8 +82,16 @@ class _Convolves(PackedLayer):
 
 
 class PackedConv1d(_Convolves, nn.Conv1d):  # type: ignore[misc]  # whose attributes are those above
-    """``nn.Conv1d`` on packed signs."""
+    """``nn.Conv1d`` on packed signs: input ``(batch, channels, samples)``, output ``(batch, outputs, positions)``."""
 
 
 class PackedConv2d(_Convolves, nn.Conv2d):  # type: ignore[misc]
-    """``nn.Conv2d`` on packed signs."""
+    """``nn.Conv2d`` on packed signs: input ``(batch, channels, rows, columns)``, output likewise.
+
+    Example:
+        >>> import pibinn_plugin as pb
+        >>> packed = pb.convert(pb.prepare(nn.Sequential(nn.Conv2d(16, 8, 3)), {"0.weight": None}))
+        >>> with torch.no_grad():
+        ...     isinstance(packed[0], PackedConv2d), packed(torch.zeros(2, 16, 9, 7)).shape
+        (True, torch.Size([2, 8, 7, 5]))
+    """

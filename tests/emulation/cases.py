@@ -40,6 +40,17 @@ def content(tensor):
     return bytes(tensor.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).tolist())
 
 
+def result_of(processor, function, problem, parts, output, *more):
+    """The bytes of an output, computed part by part, with scratch memory of no more than is asked for."""
+    call = processor.place("call", bytes(problem) + content(torch.tensor(parts)))
+    arguments = (call, call + ctypes.sizeof(Problem), len(parts))
+    scratch = (processor.call(function, *arguments, 0, *more) + 63) // 64 * 64
+    garbage = processor.place("scratch", random.randbytes(scratch))
+    processor.write(problem.output, content(output))
+    processor.call(function, *arguments, garbage, *more)
+    return processor.read(problem.output, len(content(output)))
+
+
 def product(processor, function, divisions, flags, matrix, samples, dtype, transposed, is_int8, words, *more):
     """One product of random inputs: its largest error in units of the allowed one."""
     number, tolerance = DTYPES[dtype]
@@ -58,13 +69,7 @@ def product(processor, function, divisions, flags, matrix, samples, dtype, trans
     results = []
     places = [0, processor.place("words", random.randbytes(4 * words))] if words else [0]
     for problem.words, parts in itertools.product(places, divisions):
-        call = processor.place("call", bytes(problem) + content(torch.tensor(parts)))
-        arguments = (call, call + ctypes.sizeof(Problem), len(parts))
-        scratch = (processor.call(function, *arguments, 0, *more) + 63) // 64 * 64
-        garbage = processor.place("scratch", random.randbytes(scratch))
-        processor.write(problem.output, content(output))
-        processor.call(function, *arguments, garbage, *more)
-        results.append(processor.read(problem.output, len(content(output))))
+        results.append(result_of(processor, function, problem, parts, output, *more))
     result = results[0]
     assert set(results) == {result}, f"{matrix.shape}, {samples} samples: it depends on the parts or the layout"
     output = torch.frombuffer(bytearray(result), dtype=dtype).view(output.shape).double()
@@ -148,13 +153,7 @@ def in_positions(processor, groups, channels, outputs, images, sizes, kernel, st
     for most_outputs, most_samples in ((512, positions), (64, 13)):
         blocks = [(outputs, inputs)] * groups
         parts = parts_of(blocks, positions, False, most_outputs, most_samples)
-        call = processor.place("call", bytes(problem) + content(torch.tensor(parts)))
-        arguments = (call, call + ctypes.sizeof(Problem), len(parts))
-        scratch = (processor.call("in_positions", *arguments, 0, convolution) + 63) // 64 * 64
-        garbage = processor.place("scratch", random.randbytes(scratch))
-        processor.write(problem.output, content(output))
-        processor.call("in_positions", *arguments, garbage, convolution)
-        results.append(processor.read(problem.output, len(content(output))))
+        results.append(result_of(processor, "in_positions", problem, parts, output, convolution))
     assert results[0] == results[1], f"{described}: it depends on the parts"
     output = torch.frombuffer(bytearray(results[0]), dtype=torch.float32).double()
     output = (

@@ -14,17 +14,13 @@ from hypothesis import strategies as st
 from pibinn_plugin.bits import pack_bits
 from pibinn_plugin.functional import kernel
 
-pytestmark = pytest.mark.skipif(kernel() == "torch", reason="the native kernel was not built, or is switched off")
+pytestmark = [
+    pytest.mark.skipif(kernel() == "torch", reason="the native kernel was not built, or is switched off"),
+    pytest.mark.usefixtures("threads_as_before"),
+]
 
 SCALE = 0.37
 CONVOLVE = {1: F.conv1d, 2: F.conv2d}
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @st.composite
@@ -45,16 +41,15 @@ def convolutions(draw):
 
 LARGE = (4, 8, 100, [70, 300], [3, 3], [1, 1], [1, 1], [1, 1])  # pieces of rows, and enough for all threads
 SMALL = (1, 40, 64, [4, 4], [3, 3], [1, 1], [1, 1], [1, 1])  # several images at a time
-
 NARROW = (1, 4, 3, [2, 3], [3, 3], [1, 1], [1, 1], [1, 1])  # two rows, which end a vector's length after they begin
 
 
-def random_case(case, images, dtype=torch.float32):
+def random_case(case, images):
     """An input, its signs, and the arguments after the bits and the scale."""
     groups, channels, outputs, sizes, kernel, stride, padding, dilation = case
-    x = torch.randn(images, groups * channels, *sizes, dtype=dtype)
+    x = torch.randn(images, groups * channels, *sizes)
     signs = torch.rand(groups * outputs, channels, *kernel) < 0.5
-    bias = torch.randn(groups * outputs, dtype=dtype) if outputs % 2 else None
+    bias = torch.randn(groups * outputs) if outputs % 2 else None
     return x, signs, (groups * outputs, kernel, stride, padding, dilation, groups, bias)
 
 

@@ -10,7 +10,10 @@ from pibinn_plugin.functional import kernel, packed_linear, packed_linear_adjoin
 from pibinn_plugin.kernel import native
 from pibinn_plugin.packing import PackedSigns
 
-pytestmark = pytest.mark.skipif(kernel() == "torch", reason="plain torch promises nothing about threads")
+pytestmark = [
+    pytest.mark.skipif(kernel() == "torch", reason="plain torch promises nothing about threads"),
+    pytest.mark.usefixtures("threads_as_before"),
+]
 
 SHARED = 2**20  # multiply-adds from which on a product is shared among threads
 SCALE = torch.tensor([0.37])
@@ -26,13 +29,6 @@ def products(x, y, bits, structure, shape, bias):
         packed_linear_adjoint(y, bits, SCALE, structure, shape),
         packed_linear_int8(x, bits, SCALE, structure, shape, bias),
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @st.composite

@@ -16,7 +16,6 @@ namespace {
 
 #include "scalars.inc"
 #include "tensors.inc"
-#include "unpack.inc"
 
 constexpr int64_t MOST_INT8_INPUTS = 1 << 24;  // sums of so many stay within 32 bits
 
@@ -304,60 +303,7 @@ void sign_product_sparse(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(product(std::move(input), bits, nullptr, nullptr, nullptr, rows, transposed, false));
 }
 
-bool is_intact(const Handle& weight, float scale, const uint8_t* bits, int64_t count) {
-  const Scalar scalar = scalar_of(dtype_of(weight));
-  return scalar == Scalar::float32
-             ? is_intact(scalar, scale, bits, count, reinterpret_cast<const uint32_t*>(data_of(weight)))
-             : is_intact(scalar, scale, bits, count, reinterpret_cast<const uint16_t*>(data_of(weight)));
-}
-
-void unpack_into(const Handle& output, float scale, const uint8_t* bits, int64_t count) {
-  const Scalar scalar = scalar_of(dtype_of(output));
-  if (scalar == Scalar::float32) {
-    unpack_as(scalar, scale, bits, count, reinterpret_cast<uint32_t*>(data_of(output)));
-  } else {
-    unpack_as(scalar, scale, bits, count, reinterpret_cast<uint16_t*>(data_of(output)));
-  }
-}
-
-void unpack(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle bits = take_tensor(stack[0]), scale = take_tensor(stack[1]);
-  const int64_t count = to<int64_t>(stack[2]), stride = 1;
-  const int32_t dtype = to<int32_t>(stack[3]);
-  expect(count >= 0, "expected a number of bits, got ", count);
-  check_bits(bits, count);
-  scalar_of(dtype);  // before there is a tensor of it
-  AtenTensorHandle result;
-  check(aoti_torch_empty_strided(1, &count, &stride, dtype, aoti_torch_device_type_cpu(), 0, &result));
-  Handle output(result);
-  unpack_into(output, value_of(scale, true), reinterpret_cast<const uint8_t*>(data_of(bits)), count);
-  stack[0] = from(output.release());
-}
-
-int64_t count_of(const Dimensions& dimensions) {
-  int64_t count = 1;
-  for (int64_t i = 0; i < dimensions.count; i++) count *= dimensions.sizes[i];
-  return count;
-}
-
-void refresh(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle weight = take_tensor(stack[0]), seen = take_tensor(stack[1]), bits = take_tensor(stack[2]),
-               scale = take_tensor(stack[3]);
-  const Dimensions given(weight), seen_bytes(seen);
-  const int64_t count = count_of(given), bytes = (count + 7) / 8;
-  check_bits(bits, count);
-  expect(given.is_contiguous() && seen_bytes.count == 1 && seen_bytes.is_contiguous() &&
-             seen_bytes.sizes[0] == bytes + 4 && dtype_of(seen) == aoti_torch_dtype_uint8(),
-         "expected a contiguous weight and what was seen of it: uint8 of shape (", bytes + 4, ",)");
-  const float value = value_of(scale, true);
-  const auto* now = reinterpret_cast<const uint8_t*>(data_of(bits));
-  char* before = data_of(seen);
-  if (!std::memcmp(before, now, bytes) && !std::memcmp(before + bytes, &value, 4) && is_intact(weight, value, now, count))
-    return;
-  unpack_into(weight, value, now, count);
-  std::memcpy(before, now, bytes);
-  std::memcpy(before + bytes, &value, 4);
-}
+#include "unpack.inc"
 
 // Of the operators that kernel/operators.py defines, under their names.
 struct Operator {
