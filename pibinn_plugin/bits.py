@@ -25,8 +25,7 @@ def pack_bits(flags: Tensor) -> Tensor:
         tensor([5], dtype=torch.uint8)
     """
     groups = F.pad(flags.to(torch.uint8), (0, -flags.numel() % 8)).unflatten(0, (-1, 8))
-    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=flags.device)
-    return (groups * values).sum(-1, dtype=torch.uint8)
+    return (groups * _bit_values(flags.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
@@ -43,5 +42,11 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
         >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), 3)
         tensor([ True, False,  True])
     """
-    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) & values) != 0).flatten()[:count]
+    return ((packed.unsqueeze(-1) & _bit_values(packed.device)) != 0).flatten()[:count]
+
+
+def _bit_values(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=device)
+    # Made there: a copy from the CPU can be no part of a graph that is captured for replay.
+    return (1 << torch.arange(8, device=device)).to(torch.uint8)

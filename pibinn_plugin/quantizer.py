@@ -215,6 +215,11 @@ class OneBitRule(StructureInStateDict, nn.Module):
         return f"{self.structure}, shape={self.shape}, compact={self.compact}"
 
 
+def real_device(device: torch.device | str | None) -> torch.device:
+    """Where constants beside a latent are made: never on the meta device, as no state dict would bring their values."""
+    return torch.device("cpu" if device is None or torch.device(device).type == "meta" else device)
+
+
 class SignQuantizer(OneBitRule):
     """Maps the latents of one weight to ``λ · sign(V) ⊙ M``; while not ``enabled``, to ``V ⊙ M``.
 
@@ -254,10 +259,8 @@ class SignQuantizer(OneBitRule):
         super().__init__(scale, structure, shape, compact)
         self.enabled = True
         masked = not compact and structure.nnz(shape) < torch.Size(shape).numel()
-        # Never on the meta device: it is in no state dict, so nothing would bring its values there.
-        real_device = "cpu" if device is None or torch.device(device).type == "meta" else device
         # Mask and signs are no buffers: averages, swaps and broadcasts of a model's buffers must not reach them.
-        self.mask: Tensor | None = structure.mask(shape, real_device) if masked else None
+        self.mask: Tensor | None = structure.mask(shape, real_device(device)) if masked else None
         self.signs: Tensor | None = None  # frozen: S ⊙ M as int8, in the shape of the latent
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -280,7 +283,7 @@ class SignQuantizer(OneBitRule):
 
     def freeze(self, packed: PackedSigns) -> None:
         """Read these signs from now on, whatever the latent is."""
-        self.signs = packed.weight(torch.ones(1, dtype=torch.int8), self.compact, torch.int8)
+        self.signs = packed.weight(packed.bits.new_ones(1), self.compact, torch.int8)
 
     def thaw(self) -> None:
         """Read the signs of the latent again."""
@@ -320,10 +323,10 @@ class SignQuantizer(OneBitRule):
         structure = super().get_extra_state()
         if self.signs is None:
             state = _ENABLED if self.enabled else _DISABLED
-            bits = torch.zeros(-(-self.structure.nnz(self.shape) // 8), dtype=torch.uint8)
+            bits = structure.new_zeros(-(-self.structure.nnz(self.shape) // 8))
         else:
             state, bits = _FROZEN, self.packed(self.signs).bits.cpu()
-        head = torch.tensor([state, *len(structure).to_bytes(4, "little")], dtype=torch.uint8)
+        head = structure.new_tensor([state, *len(structure).to_bytes(4, "little")])
         return torch.cat([head, structure, bits])
 
     @override

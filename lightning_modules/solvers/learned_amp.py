@@ -99,6 +99,6 @@ def _pseudo_inverse(blocks: Tensor) -> Tensor:
     """Of the blocks of A: blocks of the same shape, whose adjoint is a regularised and rescaled pseudo-inverse of A."""
     gram = blocks @ blocks.mT
     ridge = PSEUDO_INVERSE_RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean()
-    inverse = torch.linalg.solve(gram + ridge * torch.eye(gram.shape[-1]), blocks)
+    inverse = torch.linalg.solve(gram + ridge * torch.eye(gram.shape[-1], device=gram.device), blocks)
     agreement = (inverse * blocks).sum(dim=1, keepdim=True)
     return inverse / torch.where(agreement > 0, agreement, torch.ones_like(agreement))

@@ -128,7 +128,7 @@ def _row_groups(structure: Structure, shape: Shape, device: torch.device | str |
     starts = nonzeros.cumsum(0) - nonzeros
     for c in nonzeros[nonzeros > 0].unique().tolist():
         alike = (nonzeros == c).nonzero().flatten()
-        elements = starts[alike, None] + torch.arange(c)
+        elements = starts[alike, None] + torch.arange(c, device=starts.device)
         patterns, pattern_of = column_of[elements].unique(dim=0, return_inverse=True)
         heights, by_pattern = torch.bincount(pattern_of), pattern_of.argsort(stable=True)
         firsts = heights.cumsum(0) - heights

@@ -236,9 +236,9 @@ def operator_entries(operator: Any, structure: Structure, shape: Shape, adjoint:
     apply = _linear_map(operator, adjoint, rows, columns)
     positions = structure.positions(shape)
     row_of, column_of = positions // columns, positions % columns
-    values, energy = torch.empty(len(positions)), 0.0
+    values, energy = torch.empty(len(positions), device="cpu"), 0.0
     for first in range(0, columns, _PROBES):
-        units = torch.zeros(min(_PROBES, columns - first), columns)
+        units = torch.zeros(min(_PROBES, columns - first), columns, device="cpu")
         units.diagonal(first).fill_(1.0)
         images = apply(units).detach().cpu()
         if images.is_complex():

@@ -41,7 +41,7 @@ from typing_extensions import override
 
 from pibinn_plugin.errors import PIBiNNError, ScaleError, TargetError
 from pibinn_plugin.nn import CompactLinear, compact_linear
-from pibinn_plugin.quantizer import GlobalScale, OneBitRule, SignQuantizer
+from pibinn_plugin.quantizer import GlobalScale, OneBitRule, SignQuantizer, real_device
 from pibinn_plugin.schemes.base import Scheme
 from pibinn_plugin.schemes.weight_property import WeightReadsAsW, read_as_w, stop_reading_as_w
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Mask, Structure
@@ -345,12 +345,14 @@ class Brevitas(Scheme):
         if float_type := _QUANT_LAYERS.get(type(module)):
             before = set(vars(module)) | set(module._modules)
             module.__class__ = float_type
-            _add_quantizers(module, None)
+            with real_device(module.weight.device):
+                _add_quantizers(module, None)
             module.is_same_padded_strided = False  # of Brevitas' convolutions: padding "same" with a stride
             module.added_by_brevitas = (set(vars(module)) | set(module._modules)) - before
         dense_shape = target.shape if target.compact else None
         quantizer = PIBiNNWeightQuant.let(scaling_impl=scale, mask=target.structure, dense_shape=dense_shape)
-        module.weight_quant = PIBiNNWeightQuantProxy(module, quantizer)
+        with real_device(module.weight.device):  # Brevitas' constants name no device
+            module.weight_quant = PIBiNNWeightQuantProxy(module, quantizer)
         module.train(module.training)  # proxies are born in training mode
 
     @override

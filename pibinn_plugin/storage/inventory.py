@@ -51,5 +51,5 @@ def float_tensors(model: nn.Module) -> list[FloatTensor]:
 
 def stored_scale(value: float) -> Tensor:
     """λ as the file holds it: float32 where that is exact, else float64."""
-    narrow = torch.tensor([value], dtype=torch.float32)
-    return narrow if narrow.item() == value else torch.tensor([value], dtype=torch.float64)
+    narrow = torch.tensor([value], dtype=torch.float32, device="cpu")
+    return narrow if narrow.item() == value else torch.tensor([value], dtype=torch.float64, device="cpu")

@@ -41,7 +41,7 @@ class StoredStructures:
         """Store the structures of these weights."""
         distinct: dict[bytes, int] = {}
         numbers = [distinct.setdefault(structure.to_bytes(), len(distinct)) for structure in structures]
-        content = torch.tensor(list(b"".join(distinct)), dtype=torch.uint8)
+        content = torch.tensor(list(b"".join(distinct)), dtype=torch.uint8, device="cpu")
         return cls(content, [len(stored) for stored in distinct], numbers)
 
     def decode(self) -> list[Structure]:

@@ -8,12 +8,13 @@ import operator
 import reprlib
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence, Set
 from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pibinn_plugin.errors import StructureError
 
@@ -158,8 +159,8 @@ class Structure(ABC):
 
     def to_dense(self, compact: Tensor, shape: Shape) -> Tensor:
         """The dense weight of the given shape, zero outside the structure. Differentiable."""
-        flat = compact.new_zeros(math.prod(shape))
-        return flat.index_copy(0, self.positions(shape).to(compact.device), compact.flatten()).reshape(tuple(shape))
+        positions = constant(self.positions(shape), compact.device)
+        return compact.new_zeros(math.prod(shape)).index_copy(0, positions, compact.flatten()).reshape(tuple(shape))
 
     @property
     def metadata_bits(self) -> int:
@@ -236,9 +237,22 @@ class Structure(ABC):
 def constant(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor that was made outside, for use in operations that may be traced with fake tensors.
 
-    It is lifted into the trace as ``torch.tensor`` lifts a list of numbers.
+    It is lifted into the trace as ``torch.tensor`` lifts a list of numbers. In eager code a device gets one copy, which
+    lives as long as the tensor: to copy an index from the CPU at each use would let the device wait each time.
     """
-    return torch.ops.aten.lift_fresh.default(tensor).to(device)
+    lifted = torch.ops.aten.lift_fresh.default(tensor)
+    if lifted.device == torch.device(device):
+        return lifted
+    if type(lifted) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return lifted.to(device)
+    copies = _copies.setdefault(lifted, {})
+    if device not in copies:
+        with torch.inference_mode(False):
+            copies[device] = lifted.to(device)
+    return copies[device]
+
+
+_copies: MutableMapping[Tensor, dict[torch.device | str, Tensor]] = WeakIdKeyDictionary()
 
 
 def steps_in_groups(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:

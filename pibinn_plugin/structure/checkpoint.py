@@ -19,7 +19,7 @@ class StructureInStateDict:
 
     def get_extra_state(self) -> Tensor:
         """The structure as uint8, shape ``(bytes,)``."""
-        return torch.tensor(list(self.structure.to_bytes()), dtype=torch.uint8)
+        return torch.tensor(list(self.structure.to_bytes()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse a state dict that was made for another structure."""

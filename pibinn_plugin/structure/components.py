@@ -20,7 +20,7 @@ def components(rows: int, columns: int, row_index: Tensor, column_index: Tensor)
         >>> components(3, 3, torch.tensor([0, 1, 1]), torch.tensor([1, 0, 2]))
         (tensor([0, 1, 2]), tensor([1, 0, 1]))
     """
-    label = torch.arange(rows + columns)
+    label = torch.arange(rows + columns, device="cpu")
     column_node = column_index + rows
     while True:
         least = torch.minimum(label[row_index], label[column_node])

@@ -32,7 +32,7 @@ class Dense(Structure):
 
     @override
     def positions(self, shape: Shape) -> Tensor:
-        return torch.arange(math.prod(shape))
+        return torch.arange(math.prod(shape), device="cpu")
 
     @override
     def compact_shape(self, shape: Shape) -> tuple[int, ...]:

@@ -98,8 +98,8 @@ def _as_blocks(support: OperatorSupport) -> BlockDiagonal:
 
 def _places(label: Tensor, used: Tensor, empty: int) -> Tensor:
     """Where the rows (or columns) stand: with their component; those of zeros behind it, ``empty`` of three steps."""
-    is_used = torch.zeros(len(label), dtype=torch.bool).index_fill(0, used, True)
-    last_used = torch.where(is_used, torch.arange(len(label)), -1).cummax(0).values
+    is_used = torch.zeros(len(label), dtype=torch.bool, device="cpu").index_fill(0, used, True)
+    last_used = torch.where(is_used, torch.arange(len(label), device="cpu"), -1).cummax(0).values
     place = torch.where(last_used >= 0, 3 * label[last_used.clamp(min=0)], -3)
     return torch.where(is_used, place, place + empty)
 

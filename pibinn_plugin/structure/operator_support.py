@@ -247,7 +247,7 @@ def _split(matrix: _Matrix, tolerance: float, by_component: bool) -> OperatorSup
     pieces, counts, maxima, overall = [], [], [], 0.0
     for entries in matrix.entries():
         _, column, magnitude = entries
-        largest = torch.zeros(matrix.columns, dtype=torch.float64).scatter_reduce(0, column, magnitude, "amax")
+        largest = magnitude.new_zeros(matrix.columns, dtype=torch.float64).scatter_reduce(0, column, magnitude, "amax")
         overall = max(overall, float(largest.max()))
         # At once, since rounding may fill the matrix: what is small in its column is small in its component. Columns
         # that may be of rounding alone stay whole, since their entries link it with what it is the rounding of.
@@ -289,5 +289,5 @@ def _without(entries: Entries, is_small: Tensor) -> tuple[Entries, int, float]:
 def _largest_of_component(matrix: _Matrix, row: Tensor, column: Tensor, magnitude: Tensor) -> Tensor:
     """For each entry the largest magnitude in its connected component."""
     of_row, _ = components(matrix.rows, matrix.columns, row, column)
-    largest = torch.zeros(matrix.rows, dtype=torch.float64).scatter_reduce(0, of_row[row], magnitude, "amax")
+    largest = magnitude.new_zeros(matrix.rows, dtype=torch.float64).scatter_reduce(0, of_row[row], magnitude, "amax")
     return largest[of_row[row]]

@@ -45,6 +45,6 @@ def sparse_rows(structure: Structure, shape: Shape) -> Tensor | None:
 
 def _index(positions: Tensor, rows: int, columns: int) -> Tensor:
     by_row, order = positions.sort()
-    starts = torch.searchsorted(by_row, torch.arange(rows + 1) * columns)
+    starts = torch.searchsorted(by_row, torch.arange(rows + 1, device="cpu") * columns)
     parts = [starts, by_row % columns] if torch.equal(by_row, positions) else [starts, by_row % columns, order]
     return torch.cat(parts).to(torch.int32)

@@ -171,9 +171,8 @@ def die() -> None:
 
 
 def quiet_trainer(**arguments: Any) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, **arguments
-    )
+    arguments = {"accelerator": "cpu", **arguments}
+    return pl.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, **arguments)
 
 
 def train(
