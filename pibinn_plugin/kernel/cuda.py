@@ -4,10 +4,10 @@ Tensor cores multiply signs, which are unpacked in registers and never written t
 so are activations of 16 bits; one of 32 bits is the exact sum of three bfloat16 numbers, which take turns. Sums are
 float32. Everything else that a packed layer does on a CUDA device is plain torch.
 
-A product of few samples takes as long as its bits take to come from memory, if a sign takes about one instruction. It
-does: two signs that lie 16 bits apart come out of a word with one shift and one logical operation, and no thread needs
-those of another one if columns are added in the order in which the threads hold them (`_signs`). For many samples the
-activations count, and columns stay in order.
+A product of few samples can take as long as its bits take to come from memory, if a sign takes no more than two
+instructions in all. It does: two signs that lie 16 bits apart come out of a word with one shift and one logical
+operation, and no thread needs those of another one where columns are added in the order in which threads hold them.
+For many samples the activations count, and columns stay in order.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 
 
 def choose_tile(samples: int, outputs: int, blocks: int, dtype: torch.dtype, transposed: bool) -> Tile:
-    """The tile for a product, as measured on an H100."""
+    """The tile for a product of few samples, or of many; smaller ones where there are too few to go round."""
     is_float32 = dtype == torch.float32
     if transposed or samples > (8 if is_float32 else 16):
         width = min(max(16, triton.next_power_of_2(samples)), 64 if is_float32 else 128)
