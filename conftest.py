@@ -10,6 +10,8 @@ import torch
 # Too heavy for every environment, and a module that cannot be imported stops the collection of examples.
 _OPTIONAL = {"executorch": "pibinn_plugin/export/executorch.py", "emx_onnx_cgen": "pibinn_plugin/export/c.py"}
 collect_ignore = [path for package, path in _OPTIONAL.items() if importlib.util.find_spec(package) is None]
+# It has no examples, and its tests choose how Triton is imported.
+collect_ignore.append("pibinn_plugin/kernel/cuda.py")
 
 
 @pytest.fixture(autouse=True)

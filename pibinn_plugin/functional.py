@@ -1,7 +1,8 @@
 """Products with a one-bit weight that stays packed in memory: exact, of the adjoint, and with int8 activations.
 
-The native kernel (`kernel.native`) multiplies, where it was built and the tensors are on a CPU. Everything else, and
-every trace that is exported, runs in plain torch operations, the reference: the same values to the rounding of float32.
+A backend (`kernel.native`) multiplies where there is one for the device: on CPUs the native kernel, where it was built;
+on CUDA devices Triton, for equal blocks. Everything else, and every trace that is exported, runs in plain torch
+operations, the reference: the same values to the rounding of float32.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def packed_linear(
         tensor([ 1., -1.])
     """
     input, bias = _as_operands(input, bias)
-    layout = _native_layout(input, bits, scale, bias, structure, shape)
+    layout = native.layout_for(input, bits, scale, bias, structure, shape)
     if layout is not None:
         return _in_order(lambda x, b: native.packed_linear(x, bits, scale, b, layout, False), input, bias, structure)
     signs = unpack_signs(bits, structure.compact_shape(shape), input.dtype)
@@ -75,7 +76,7 @@ def packed_linear_adjoint(input: Tensor, bits: Tensor, scale: Tensor, structure:
         tensor([ 1., -1., -1.])
     """
     input, _ = _as_operands(input, None)
-    layout = _native_layout(input, bits, scale, None, structure, shape)
+    layout = native.layout_for(input, bits, scale, None, structure, shape)
     if layout is not None:
         return _in_order_transposed(input, bits, scale, structure, layout)
     signs = unpack_signs(bits, structure.compact_shape(shape), input.dtype)
@@ -150,14 +151,6 @@ def _as_operands(input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | N
         dtype = torch.get_autocast_dtype(input.device.type)
         return input.to(dtype), None if bias is None else bias.to(dtype)
     return input, bias
-
-
-def _native_layout(
-    input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, structure: Structure, shape: Shape
-) -> Layout | None:
-    """How the native kernel is to read the bits; None where plain torch operations are to run."""
-    # In this order: an index is not made where the kernel cannot run.
-    return native.layout_of(structure, shape) if native.can_run(input, bits, scale, bias) else None
 
 
 def _check_no_gradient(*tensors: Tensor | None) -> None:

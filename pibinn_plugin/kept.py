@@ -115,8 +115,8 @@ class _Bytes(_Place):
 
 
 def can_be_laid_out(bits: Tensor) -> bool:
-    """Whether what is laid out from these, here and now, may be used again later, where the kernel runs."""
-    return type(bits) in _PLAIN and not bits.is_inference() and _dispatch_modes() == 0
+    """Whether what is laid out from these, here and now, may be used again later: by the kernel for processors."""
+    return bits.is_cpu and type(bits) in _PLAIN and not bits.is_inference() and _dispatch_modes() == 0
 
 
 def can_be_kept(bits: Tensor, scale: Tensor) -> bool:

@@ -66,14 +66,14 @@ class _MultipliesBits(PackedLayer):
     def stays_packed(self, input: Tensor) -> bool:
         """Whether products with this input multiply packed signs; elsewhere they unpack the weight, each time."""
         rule = self._rule
-        can_run = native.can_run(input, self.bits, rule.scale.value, None)
-        has_layout = native.layout_of(rule.structure, rule.shape) is not None
-        return self._plain_chain() is not None and can_run and has_layout
+        layout = native.layout_for(input, self.bits, rule.scale.value, None, rule.structure, rule.shape)
+        return self._plain_chain() is not None and layout is not None
 
     def _has_no_kernel(self, input: Tensor) -> bool:
         """Whether a product on bits would unpack them, and a weight that was unpacked before is at hand."""
         rule = self._rule
-        can_run = input.dtype != rule.dtype or native.can_run(input, self.bits, rule.scale.value, None)
+        scale, layout = rule.scale.value, self._layout
+        can_run = input.dtype != rule.dtype or native.can_run(input, self.bits, scale, None, layout)
         return not can_run and rule.kept_weight(self.bits) is not None
 
     def _product(self, product: Any, input: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,7 +88,7 @@ class _MultipliesBits(PackedLayer):
         bits = chain._buffers["original"]
         rule = chain._modules["0"]
         scale = rule._scale[0]._parameters["value"]
-        if torch._C._is_any_autocast_enabled() or not native.can_run(input, bits, scale, bias):
+        if torch._C._is_any_autocast_enabled() or not native.can_run(input, bits, scale, bias, layout):
             return None
         rows, columns = layout
         kind = type(rows)

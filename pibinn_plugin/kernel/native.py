@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -27,6 +30,8 @@ Layout = Blocks | tuple[Tensor, tuple[int, int]]
 _KINDS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
 
 _MOST_PADDED = 1.25  # times the bits: what is laid out for products takes at most so much memory
+
+_LARGEST_ON_CUDA = 2**30  # rows or columns: places in a block are counted in 32 bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,24 +84,27 @@ def layout_of(structure: Structure, shape: Shape) -> Layout | None:
     return None if index is None else (index, matrix_shape(shape))
 
 
-def can_run(input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
-    """Whether the native kernel takes these tensors, here and now; what it does not take is left to torch.
+def can_run(input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout | None = None) -> bool:
+    """Whether a backend takes these tensors, here and now; what it does not take is left to torch.
+
+    On a CPU all operators run, where there is a kernel; on a CUDA device products with the layout that is given, if it
+    is one of equal blocks.
 
     Not under a functorch transform or forward-mode differentiation, whose rules plain torch operations have; and not
     while a program is exported, which is to run without this package.
     """
     # Written out: a small product takes less time than a loop over four tensors.
     return (
-        _KERNEL != "torch"
-        and input.dtype in DTYPES
+        input.dtype in DTYPES
         and scale.dtype in DTYPES
         and type(input) in _KINDS
         and type(bits) in _KINDS
         and type(scale) in _KINDS
         and (bias is None or (bias.dtype is input.dtype and type(bias) in _KINDS))
-        and input.is_cpu
-        and bits.is_cpu
-        and scale.is_cpu
+        and (
+            (input.is_cpu and bits.is_cpu and scale.is_cpu and _KERNEL != "torch")
+            or (layout is not None and input.is_cuda and _runs_on_cuda(input, bits, scale, bias, layout))
+        )
         and input.layout is torch.strided
         and not input.is_nested
         and not torch.compiler.is_exporting()
@@ -104,6 +112,32 @@ def can_run(input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> 
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
     )
+
+
+def _runs_on_cuda(input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, layout: Layout) -> bool:
+    device, (rows, columns) = input.device, layout
+    return (
+        _HAS_TRITON
+        and isinstance(rows, int)
+        and isinstance(columns, int)
+        and rows < _LARGEST_ON_CUDA
+        and columns < _LARGEST_ON_CUDA
+        and bits.device == device
+        and scale.device == device
+        and (bias is None or bias.device == device)
+        and torch.cuda.get_device_properties(device).major >= 8  # whose tensor cores multiply bfloat16
+    )
+
+
+def layout_for(
+    input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, structure: Structure, shape: Shape
+) -> Layout | None:
+    """How a product of these tensors is to read the bits; None where plain torch operations are to run."""
+    if not input.is_cuda:  # in this order: an index is not made where the kernel cannot run
+        return layout_of(structure, shape) if can_run(input, bits, scale, bias) else None
+    is_permuted = isinstance(structure, BlockDiagonal) and structure.row_order is not None
+    layout = None if is_permuted else blocks_of(structure, shape)
+    return layout if can_run(input, bits, scale, bias, layout) else None
 
 
 def as_arguments(layout: Layout, input: Tensor) -> tuple[Any, Any]:
@@ -160,4 +194,23 @@ def refresh(weight: Tensor, seen: Tensor, bits: Tensor, scale: Tensor) -> None:
     REFRESH(weight, seen, bits, scale)
 
 
+def _at_first_use(name: str) -> Callable[..., Tensor]:
+    """An operator of the CUDA backend. Importing Triton takes long, and is left to the first product."""
+
+    def product(*arguments: Any) -> Tensor:
+        from pibinn_plugin.kernel import cuda
+
+        return getattr(cuda, name)(*arguments)
+
+    return product
+
+
 _KERNEL, _REASON = cpu.load()
+_HAS_TRITON = (
+    torch.version.cuda is not None
+    and os.environ.get("PIBINN_KERNEL") != "torch"
+    and importlib.util.find_spec("triton") is not None
+)
+if _HAS_TRITON:
+    for _name in ("packed_linear", "sign_product"):
+        torch.library.impl(f"pibinn::{_name}", "cuda", _at_first_use(_name))

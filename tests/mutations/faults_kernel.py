@@ -5,9 +5,9 @@ from fault import Fault
 FAULTS = [
     Fault("kernel/native.py", "        and torch.autograd.forward_ad._current_level < 0\n", "", "can_run"),
     Fault("kernel/native.py", "        and not input.is_nested\n", "", "can_run"),
-    Fault("kernel/native.py", "        and scale.is_cpu\n", "", "can_run"),
-    Fault("kernel/native.py", "        and bits.is_cpu\n", "", "can_run"),
-    Fault("kernel/native.py", "        and input.is_cpu\n", "", "can_run"),
+    Fault("kernel/native.py", " and scale.is_cpu", "", "can_run"),
+    Fault("kernel/native.py", " and bits.is_cpu", "", "can_run"),
+    Fault("kernel/native.py", "(input.is_cpu and bits", "(bits", "can_run"),
     Fault("kernel/native.py", "bias.dtype is input.dtype and ", "", "can_run"),
     Fault("kernel/native.py", "        and scale.dtype in DTYPES\n", "", "can_run"),
     Fault("kernel/native.py", "        and type(bits) in _KINDS\n", "", "can_run"),
