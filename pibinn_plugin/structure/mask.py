@@ -5,10 +5,11 @@
 import math
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -115,13 +116,12 @@ class Mask(Structure):
 
     @override
     def positions(self, shape: Shape) -> Tensor:
-        return constant(_positions_of(self), "cpu")
+        is_compiling = torch.compiler.is_compiling()
+        return constant(_positions_of(self.data, self.shape) if is_compiling else self._positions, "cpu")
 
     @cached_property
     def _positions(self) -> Tensor:
-        # The first use may be under export (a fake tensor) or in inference mode (no gradients).
-        with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
-            return mask_encoding.decode(self.data, *matrix_shape(self.shape)).positions()
+        return _positions_of(self.data, self.shape)
 
     @override
     def _linear(self, input: Tensor, compact: Tensor, shape: Shape) -> Tensor:
@@ -175,12 +175,23 @@ def _warn_of_rounding(values: Tensor) -> None:
         )
 
 
-def _positions_of(mask: Mask) -> Tensor:
-    return mask._positions
+# Of all masks and graphs that there are, once each.
+_known_positions: MutableMapping[tuple[bytes, tuple[int, ...]], Tensor] = WeakValueDictionary()
+
+
+def _positions_of(data: bytes, shape: tuple[int, ...]) -> Tensor:
+    positions = _known_positions.get((data, shape))
+    if positions is None:
+        # The first use may be under export (a fake tensor) or in inference mode (no gradients).
+        with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
+            positions = mask_encoding.decode(data, *matrix_shape(shape)).positions()
+        _known_positions[data, shape] = positions
+    return positions
 
 
 # Traced code takes the result as it is: the positions are made outside of the graph, once. This is all that
-# torch.compiler.assume_constant_result does, apart from importing the compiler, which takes seconds.
+# torch.compiler.assume_constant_result does, apart from importing the compiler, which takes seconds. Its arguments are
+# to be plain constants: not every compiler knows a mask for one.
 _positions_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
