@@ -305,7 +305,9 @@ class TwoStageQAT(Callback):
         self._restore_latents(trainer, pl_module)
         pairs = zip(self._signs_at_epoch_start, quantized_weights(pl_module), strict=True)
         # Outside the structure nothing has a sign, but an optimizer with weight decay moves latents there too.
-        flips = [weight.quantizer.structural(whole(before) != whole(_signs(weight))).flatten() for before, weight in pairs]
+        flips = [
+            weight.quantizer.structural(whole(before) != whole(_signs(weight))).flatten() for before, weight in pairs
+        ]
         scale = whole(global_scale(pl_module).value.detach()).abs().squeeze()
         # The same on every rank; sync_dist says so to Lightning, which warns otherwise.
         pl_module.log("qat/scale", scale, sync_dist=True)

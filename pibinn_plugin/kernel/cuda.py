@@ -25,7 +25,8 @@ _MINUS_ONES = {
     torch.bfloat16: 0xBF80BF80 - 2**32,
     torch.float16: 0xBC00BC00 - 2**32,
 }
-_PROGRAMS = 264  # at least so many, where there are as many outputs: two for each processor of an H100
+_PROGRAMS = 256  # of large tiles at least, where there are as many outputs: two for nearly each processor of an H100
+_FEW_SAMPLES = 8  # at most, for which the bits count
 _FEW_INPUTS = 512  # of a step for few samples: 16 words, four for each of the four threads that share a row
 
 
@@ -45,17 +46,22 @@ class Tile(NamedTuple):
 
 
 def choose_tile(samples: int, outputs: int, blocks: int, dtype: torch.dtype, transposed: bool) -> Tile:
-    """The tile for a product of few samples, or of many; smaller ones where there are too few to go round."""
+    """The tile for a product of few samples, or of many; smaller ones where there are too few to go round.
+
+    As measured on an H100 by ``benchmarks/cuda_products.py --variants``.
+    """
     is_float32 = dtype == torch.float32
-    if transposed or samples > (8 if is_float32 else 16):
+    if transposed or samples > _FEW_SAMPLES:
         width = min(max(16, triton.next_power_of_2(samples)), 64 if is_float32 else 128)
-        height = 128 if outputs > 64 and blocks * triton.cdiv(outputs, 128) >= _PROGRAMS else 64
-        return Tile(width, height, 64, 0, 4, 3)
+        if outputs <= 64 or blocks * triton.cdiv(outputs, 128) * triton.cdiv(samples, width) < _PROGRAMS:
+            return Tile(width, 64, 64, 0, 4, 3)
+        is_narrow = width == 16 and not transposed
+        return Tile(width, 128, 128 if is_narrow else 64, 0, 4 if is_float32 else 8, 3)
     width = triton.next_power_of_2(samples)
     slots = max(8 // width, 4 if is_float32 else 1)
-    for height, warps in ((128, 4), (64, 4), (32, 2)):
-        if blocks * triton.cdiv(outputs, height) >= _PROGRAMS:
-            return Tile(width, height, _FEW_INPUTS, slots, warps, 3)
+    for height, warps, stages in ((128, 4, 2), (64, 4, 3), (32, 2, 3)):
+        if 128 * blocks * triton.cdiv(outputs, height) >= height * _PROGRAMS:
+            return Tile(width, height, _FEW_INPUTS, slots, warps, stages)
     return Tile(width, 16, _FEW_INPUTS, slots, 1, 3)
 
 
@@ -206,9 +212,10 @@ def _multiply(
             values = tl.load(input + sample[:, None] * input_features + place[None, :], mask=known, other=0.0)
             if values.dtype == tl.float32:
                 high, middle, low = _three_terms(values)
-                sums = tl.dot(signs, tl.trans(high), sums)
-                sums = tl.dot(signs, tl.trans(middle), sums)
-                sums = tl.dot(signs, tl.trans(low), sums)
+                # Tensor cores cut off what lies below the last bit of a sum: small terms first, and to short sums.
+                part = tl.dot(signs, tl.trans(low))
+                part = tl.dot(signs, tl.trans(middle), part)
+                sums += tl.dot(signs, tl.trans(high), part)
             else:
                 sums = tl.dot(signs, tl.trans(values), sums)
 

@@ -107,7 +107,7 @@ def can_run(input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, lay
         )
         and input.layout is torch.strided
         and not input.is_nested
-        and not torch.compiler._is_exporting_flag
+        and not torch.compiler._is_exporting_flag  # its function is always true where torch 2.11 compiles
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0

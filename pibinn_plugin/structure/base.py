@@ -159,8 +159,19 @@ class Structure(ABC):
 
     def to_dense(self, compact: Tensor, shape: Shape) -> Tensor:
         """The dense weight of the given shape, zero outside the structure. Differentiable."""
-        positions = constant(self.positions(shape), compact.device)
+        positions = self.positions(shape) if compact.is_cpu else self._positions_on(compact.device, shape)
         return compact.new_zeros(math.prod(shape)).index_copy(0, positions, compact.flatten()).reshape(tuple(shape))
+
+    def _positions_on(self, device: torch.device, shape: Shape) -> Tensor:
+        """The positions on a device, where they stay: while it captures a graph, none could be copied to it."""
+        if _is_traced():
+            return constant(self.positions(shape), device)
+        known = _positions.setdefault(self, {})
+        key = (tuple(shape), device)
+        if key not in known:
+            with torch.inference_mode(False):
+                known[key] = self.positions(shape).to(device)
+        return known[key]
 
     @property
     def metadata_bits(self) -> int:
@@ -243,7 +254,7 @@ def constant(tensor: Tensor, device: torch.device | str) -> Tensor:
     lifted = torch.ops.aten.lift_fresh.default(tensor)
     if lifted.device == torch.device(device):
         return lifted
-    if type(lifted) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if type(lifted) is not Tensor or _is_traced():
         return lifted.to(device)
     copies = _copies.setdefault(lifted, {})
     if device not in copies:
@@ -252,7 +263,12 @@ def constant(tensor: Tensor, device: torch.device | str) -> Tensor:
     return copies[device]
 
 
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 _copies: MutableMapping[Tensor, dict[torch.device | str, Tensor]] = WeakIdKeyDictionary()
+_positions: MutableMapping[Structure, dict[tuple[tuple[int, ...], torch.device], Tensor]] = WeakIdKeyDictionary()
 
 
 def steps_in_groups(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:

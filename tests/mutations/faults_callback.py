@@ -174,7 +174,7 @@ FAULTS = [
     ),
     Fault(
         "callback.py",
-        "weight.quantizer.structural(whole(before != _signs(weight))).flatten()",
+        "weight.quantizer.structural(whole(before) != whole(_signs(weight))).flatten()",
         "whole(before != _signs(weight)).flatten()",
         "callback callback_trainer",
     ),

@@ -57,7 +57,7 @@ FAULTS = [
     ),
     Fault(
         "storage/inventory.py",
-        "return narrow if narrow.item() == value else torch.tensor([value], dtype=torch.float64)",
+        'return narrow if narrow.item() == value else torch.tensor([value], dtype=torch.float64, device="cpu")',
         "return narrow",
         "artifact bad_artifacts",
     ),

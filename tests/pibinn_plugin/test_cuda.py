@@ -10,7 +10,7 @@ import two_stage
 from config_networks import INPUTS, config_network
 from every_layer import SCHEMES, TARGETS, Solver, solver, step
 from fit_two_stage import C, S, W, fit
-from packed_layers import BLOCKS, OTHERS, packed_layer
+from packed_layers import BLOCKS, OTHERS, PackedModel
 from two_stage import SmallModule
 
 import pibinn_plugin as pb
@@ -104,18 +104,6 @@ def test_a_checkpoint_of_the_device_goes_on_there_and_here(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- packed
-
-
-class PackedModel(torch.nn.Module):
-    """One packed layer and λ, which is the model's."""
-
-    def __init__(self, structure, shape):
-        super().__init__()
-        self.layer = packed_layer(structure, shape)
-        self.pibinn_scale = self.layer.parametrizations["weight"][0].scale
-
-    def forward(self, x):
-        return self.layer(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -6,7 +6,7 @@ others with an error, as one of the CPU would in a model on a GPU.
 
 import pytest
 import torch
-from every_layer import SCHEMES, TARGETS, Solver, solver, step
+from every_layer import SCHEMES, TARGETS, Solver, step
 
 import pibinn_plugin as pb
 from pibinn_plugin.packed import keep_unpacked

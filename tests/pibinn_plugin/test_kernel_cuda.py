@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from packed_layers import BLOCKS, OTHERS, packed_layer
+from packed_layers import BLOCKS, OTHERS, PackedModel, packed_layer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -197,10 +197,10 @@ def test_arguments_that_do_not_fit_are_refused(kernels, changes, message):
     given = {"input": torch.ones(2, 8), "bits": torch.zeros(8, dtype=torch.uint8), "scale": torch.ones(1)}
     device = "cuda" if HAS_DEVICE else "cpu"
     given = {**given, "rows": 8, "columns": 8, **changes}
-    given = {
-        name: value.to(device) if isinstance(value, torch.Tensor) and not value.is_meta else value
-        for name, value in given.items()
-    }
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor) and not value.is_meta:  # with its strides, which `to` would drop
+            there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+            given[name] = there.copy_(value)
     with pytest.raises(RuntimeError, match=message):
         kernels.packed_linear(**given)
 
@@ -294,8 +294,8 @@ def is_multiplied(structure):
 @cases_on_device
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layers_on_a_device_give_what_they_give_on_a_cpu(structure, shape, dtype):
-    layer = packed_layer(structure, shape).to(dtype)
-    moved = copy.deepcopy(layer).cuda()
+    model = PackedModel(structure, shape).to(dtype)
+    layer, moved = model.layer, copy.deepcopy(model).cuda().layer
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.03}[dtype]
     for context, batches in (
         (torch.no_grad, [(), (1,), (40,), (0,), (2, 3)]),
@@ -314,8 +314,8 @@ def test_layers_on_a_device_give_what_they_give_on_a_cpu(structure, shape, dtype
 
 @cases_on_device
 def test_gradients_on_a_device_are_those_of_a_cpu(structure, shape):
-    layer = packed_layer(structure, shape)
-    moved, results = copy.deepcopy(layer).cuda(), []
+    model, results = PackedModel(structure, shape), []
+    layer, moved = model.layer, copy.deepcopy(model).cuda().layer
     x, direction = torch.randn(5, shape[1]), torch.randn(5, shape[0])
     for each, device in ((layer, "cpu"), (moved, "cuda")):
         leaf = x.to(device).requires_grad_()
@@ -360,7 +360,7 @@ def test_converted_networks_run_eager_compiled_and_captured(scheme):
 @pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
 @pytest.mark.parametrize("batch", [1, 5, 40])
 def test_captured_graphs_read_the_scale_and_the_bits_of_each_replay(batch):
-    layer, x = packed_layer(pb.BlockDiagonal(2), (256, 512)).cuda(), torch.randn(batch, 512, device="cuda")
+    layer, x = PackedModel(pb.BlockDiagonal(2), (256, 512)).cuda().layer, torch.randn(batch, 512, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
         layer(x)  # compiles the kernel

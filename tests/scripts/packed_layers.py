@@ -28,3 +28,15 @@ def packed_layer(structure, shape, bias=True):
     multiply_bits(layer)
     keep_unpacked(layer, False)
     return layer
+
+
+class PackedModel(nn.Module):
+    """One packed layer and λ, which is the model's and moves with it."""
+
+    def __init__(self, structure, shape):
+        super().__init__()
+        self.layer = packed_layer(structure, shape)
+        self.pibinn_scale = self.layer.parametrizations["weight"][0].scale
+
+    def forward(self, x):
+        return self.layer(x)
