@@ -20,7 +20,7 @@ from torch import nn
 
 import pibinn_plugin as pb
 from lightning_modules.machine import machine
-from pibinn_plugin.nn import BlockDiagonalLinear
+from pibinn_plugin.nn import BlockDiagonalLinear, CompactLinear
 
 FEATURES, BLOCKS, BATCH, ROUNDS = 8192, 64, 64, 9
 RESULTS = Path(__file__).parent / "results" / "training_step.md"
@@ -39,7 +39,7 @@ class MaskedLinear(nn.Linear):
 
 def one_bit(layer: nn.Module) -> nn.Module:
     """The layer behind the sign quantizer."""
-    structure = None if isinstance(layer, BlockDiagonalLinear) else pb.BlockDiagonal(BLOCKS)
+    structure = None if isinstance(layer, CompactLinear) else pb.BlockDiagonal(BLOCKS)
     return pb.prepare(nn.Sequential(layer), {"0.weight": structure})
 
 

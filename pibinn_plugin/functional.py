@@ -79,6 +79,9 @@ def packed_linear_adjoint(input: Tensor, bits: Tensor, scale: Tensor, structure:
     layout = native.layout_for(input, bits, scale, None, structure, shape)
     if layout is not None:
         return _in_order_transposed(input, bits, scale, structure, layout)
+    if torch.is_inference_mode_enabled():  # where torch 2.11 takes every derivative for zero
+        with torch.inference_mode(False), torch.no_grad():
+            return packed_linear_adjoint(input.clone(), bits, scale, structure, shape)
     signs = unpack_signs(bits, structure.compact_shape(shape), input.dtype)
     origin = input.new_zeros((*input.shape[:-1], matrix_shape(shape)[1]))
     # The derivative of a linear map is the map: this is the adjoint of every structure, without a dense tensor.

@@ -64,6 +64,19 @@ def test_gradients_of_input_scale_and_bias(structure, shape):
     assert torch.autograd.gradcheck(function, (input, scale, bias), check_forward_ad=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by the kernel, and without it
+@pytest.mark.parametrize(("structure", "shape"), CASES)
+def test_inference_mode_changes_nothing(structure, shape, dtype):
+    packed, scale = PackedSigns.pack(torch.randn(shape), structure, shape), torch.tensor([0.5], dtype=dtype)
+    x, y = torch.randn(3, shape[1], dtype=dtype), torch.randn(3, shape[0], dtype=dtype)
+    for function, operand in ((packed_linear, x), (packed_linear_adjoint, y)):
+        expected = function(operand, packed.bits, scale, structure, shape)
+        assert expected.abs().sum() > 0
+        with torch.inference_mode():
+            for each in (operand, operand.clone()):  # the latter made there
+                assert torch.equal(function(each, packed.bits, scale, structure, shape), expected)
+
+
 def test_vmap_and_jvp_are_those_of_the_dense_product():
     structure, shape = BlockDiagonal(2), (4, 6)
     bits, signs = packed_and_matrix(structure, shape)

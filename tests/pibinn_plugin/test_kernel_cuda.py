@@ -318,7 +318,7 @@ def test_gradients_on_a_device_are_those_of_a_cpu(structure, shape):
     layer, moved = model.layer, copy.deepcopy(model).cuda().layer
     x, direction = torch.randn(5, shape[1]), torch.randn(5, shape[0])
     for each, device in ((layer, "cpu"), (moved, "cuda")):
-        leaf = x.to(device).requires_grad_()
+        leaf = x.to(device, copy=True).requires_grad_()
         (each(leaf) * direction.to(device)).sum().backward()
         results.append([leaf.grad.cpu(), each.bias.grad.cpu(), each._rule.scale.value.grad.cpu()])
     for a, b in zip(*results, strict=True):
