@@ -9,7 +9,7 @@ KERNEL_TESTS := $(addprefix tests/pibinn_plugin/test_,kernel_values.py kernel_co
 OTHER_PATHS := from pibinn_plugin.functional import kernel; \
 	paths = ["avx512", "avx2", "portable", "torch"]; print(*paths[paths.index(kernel()) + 1 :])
 
-.PHONY: demo test test-paths lint types docs wheel clean
+.PHONY: demo test test-paths test-triton lint types docs wheel clean
 
 demo: $(ENVIRONMENT)
 	.venv/bin/python -m lightning_modules.demo
@@ -22,6 +22,14 @@ test-paths: $(ENVIRONMENT)
 	@set -e; paths=$$(.venv/bin/python -c '$(OTHER_PATHS)'); for path in $$paths; do \
 		echo "PIBINN_KERNEL=$$path"; PIBINN_KERNEL=$$path .venv/bin/python -m pytest $(KERNEL_TESTS); \
 	done
+
+# The kernels for CUDA devices, in Triton's interpreter. Triton lies apart: beside torch, torch would use it.
+test-triton: .venv/triton/triton
+	PYTHONPATH=.venv/triton .venv/bin/python -m pytest tests/pibinn_plugin/test_kernel_cuda.py
+
+.venv/triton/triton: $(ENVIRONMENT)
+	.venv/bin/pip install --quiet --no-deps --target .venv/triton triton==3.6.0
+	@touch $@
 
 lint: $(ENVIRONMENT)
 	.venv/bin/ruff check

@@ -17,6 +17,7 @@ FAULTS = [
         "quantizer",
     ),
     Fault("quantizer.py", "value = total / count\n", "value = total / (count + 1)\n", "quantizer workflow"),
+    Fault("quantizer.py", "packed.bits.new_ones(1)", "torch.ones(1, dtype=torch.uint8)", "default_device"),
     Fault(
         "quantizer.py",
         "latent.detach().abs().sum(dtype=torch.float64)",
