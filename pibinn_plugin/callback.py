@@ -291,7 +291,11 @@ class TwoStageQAT(Callback):
         latents = (weight.quantizer.structural(whole(weight.latent)) for weight in quantized_weights(pl_module))
         scale.set(initial_scale(latents))
         for optimizer in trainer.optimizers:
-            optimizer.state.pop(scale.value, None)
+            state = optimizer.state.pop(scale.value, None)
+            # torch 2.11 makes the state of this one when it makes the optimizer, and never again.
+            if state is not None and isinstance(optimizer, torch.optim.Adagrad):
+                start = optimizer.defaults["initial_accumulator_value"]
+                optimizer.state[scale.value] = {"step": state["step"].zero_(), "sum": state["sum"].fill_(start)}
 
     # ----------------------------------------------------------------------------------------------------- metrics
 

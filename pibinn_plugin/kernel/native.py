@@ -125,8 +125,13 @@ def _runs_on_cuda(input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | Non
         and bits.device == device
         and scale.device == device
         and (bias is None or bias.device == device)
-        and torch.cuda.get_device_properties(device).major >= 8  # whose tensor cores multiply bfloat16
+        and _multiplies_bfloat16(device)
     )
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA device has tensor cores for it; none where there is none, which fake tensors do not need."""
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(device).major >= 8
 
 
 def layout_for(

@@ -144,8 +144,8 @@ FAULTS = [
     ),
     Fault(
         "callback.py",
-        "            optimizer.state.pop(scale.value, None)\n",
-        "            pass\n",
+        "state = optimizer.state.pop(scale.value, None)\n",
+        "state = None\n",
         "callback callback_trainer callback_optimizers",
     ),
     Fault(

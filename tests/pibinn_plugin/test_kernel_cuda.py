@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import itertools
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,7 +211,7 @@ def test_arguments_that_do_not_fit_are_refused(kernels, changes, message):
 def fake_device(monkeypatch):
     """Tensors of a device that does not exist, and Triton for it."""
     monkeypatch.setattr(native, "_HAS_TRITON", True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    monkeypatch.setattr(native, "_multiplies_bfloat16", lambda device: True)
     with FakeTensorMode():
         yield
 
@@ -235,7 +234,7 @@ def test_equal_blocks_on_one_device_are_taken_and_nothing_else(monkeypatch):
     for layout in (None, ((8,), (8,)), (index, (8, 8)), (2**30, 8), (8, 2**31)):
         assert not native.can_run(**arguments(layout=layout))
     assert not native.can_run(**arguments(input=torch.empty(3, 8, device="cuda", dtype=torch.float64), bias=None))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7))
+    monkeypatch.setattr(native, "_multiplies_bfloat16", lambda device: False)
     assert not native.can_run(**arguments())
     monkeypatch.undo()
     assert not native.can_run(**arguments())
