@@ -23,10 +23,14 @@ from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packed_convolutions import PackedConv1d, PackedConv2d
 from pibinn_plugin.parametrized import set_class_before
 from pibinn_plugin.structure import BlockDiagonal, Dense
+from pibinn_plugin.structure.base import is_traced
 from pibinn_plugin.unpack_signs import PackedLayer, UnpackSigns
 
 # Multiply-adds of a dense layer up to which the call of the kernel takes longer than torch's product of floats.
 _SMALL = 2**14
+# Bytes of bits below which the same is so on a CUDA device, for products outside of graphs: not measured, but a call of
+# Triton takes tens of microseconds, and cuBLAS as long for a weight of this size (benchmarks/results/cuda_products.md).
+_SMALL_ON_CUDA = 2**23
 
 
 class _MultipliesBits(PackedLayer):
@@ -47,7 +51,7 @@ class _MultipliesBits(PackedLayer):
             output = self._fused(chain, input, self._layout, self._parameters["bias"], False)
             if output is not None:
                 return output
-        if self._has_no_kernel(input):
+        if self._reads_weight(input):
             return super().forward(input)
         return self._product(packed_linear, input, bias)
 
@@ -67,14 +71,15 @@ class _MultipliesBits(PackedLayer):
         """Whether products with this input multiply packed signs; elsewhere they unpack the weight, each time."""
         rule = self._rule
         layout = native.layout_for(input, self.bits, rule.scale.value, None, rule.structure, rule.shape)
-        return self._plain_chain() is not None and layout is not None
+        return self._plain_chain() is not None and layout is not None and not _is_small_on_cuda(input, self.bits, rule)
 
-    def _has_no_kernel(self, input: Tensor) -> bool:
-        """Whether a product on bits would unpack them, and a weight that was unpacked before is at hand."""
-        rule = self._rule
-        scale, layout = rule.scale.value, self._layout
-        can_run = input.dtype != rule.dtype or native.can_run(input, self.bits, scale, None, layout)
-        return not can_run and rule.kept_weight(self.bits) is not None
+    def _reads_weight(self, input: Tensor) -> bool:
+        """Whether a product on bits would unpack them or take longer, and a weight unpacked before is at hand."""
+        rule, bits = self._rule, self.bits
+        multiplies = native.can_run(input, bits, rule.scale.value, None, self._layout)
+        if input.dtype != rule.dtype or (multiplies and not _is_small_on_cuda(input, bits, rule)):
+            return False
+        return rule.kept_weight(bits) is not None
 
     def _product(self, product: Any, input: Tensor, bias: Tensor | None) -> Tensor:
         rule = self._rule
@@ -90,6 +95,8 @@ class _MultipliesBits(PackedLayer):
         scale = rule._scale[0]._parameters["value"]
         if torch._C._is_any_autocast_enabled() or not native.can_run(input, bits, scale, bias, layout):
             return None
+        if input.is_cuda and not transposed and _is_small_on_cuda(input, bits, rule):
+            return None
         rows, columns = layout
         kind = type(rows)
         if kind is Tensor:
@@ -97,6 +104,17 @@ class _MultipliesBits(PackedLayer):
         elif not transposed:
             bits = rule.kept_words(bits, layout)
         return native.FUSED[kind](input, bits, scale, rows, columns, bias, transposed)
+
+
+def _is_small_on_cuda(input: Tensor, bits: Tensor, rule: UnpackSigns) -> bool:
+    """Whether an unpacked weight is kept and faster. A graph that is captured or compiled has calls at no such cost."""
+    return (
+        input.is_cuda
+        and bits.numel() < _SMALL_ON_CUDA
+        and rule.keeps_weight
+        and not is_traced()
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
 
 class PackedLinear(_MultipliesBits, nn.Linear):

@@ -164,7 +164,7 @@ class Structure(ABC):
 
     def _positions_on(self, device: torch.device, shape: Shape) -> Tensor:
         """The positions on a device, where they stay: while it captures a graph, none could be copied to it."""
-        if _is_traced():
+        if is_traced():
             return constant(self.positions(shape), device)
         known = _positions.setdefault(self, {})
         key = (tuple(shape), device)
@@ -254,7 +254,7 @@ def constant(tensor: Tensor, device: torch.device | str) -> Tensor:
     lifted = torch.ops.aten.lift_fresh.default(tensor)
     if lifted.device == torch.device(device):
         return lifted
-    if type(lifted) is not Tensor or _is_traced():
+    if type(lifted) is not Tensor or is_traced():
         return lifted.to(device)
     copies = _copies.setdefault(lifted, {})
     if device not in copies:
@@ -263,7 +263,8 @@ def constant(tensor: Tensor, device: torch.device | str) -> Tensor:
     return copies[device]
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
+    """Whether operations go into a graph: of the compiler, or of a mode that sees each of them."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import itertools
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from pibinn_plugin.functional import packed_linear, packed_linear_adjoint
 from pibinn_plugin.kernel import native
 from pibinn_plugin.kernel.operators import FUSED, PRODUCT
 from pibinn_plugin.nn import CompactLinear
+from pibinn_plugin.packed import _is_small_on_cuda
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_DEVICE = torch.cuda.is_available()
@@ -253,6 +255,23 @@ def test_layouts_of_a_device_are_equal_blocks_in_their_order():
         (permuted, None),
     ):
         assert native.layout_for(x, bits, scale, None, structure, (8, 8)) == layout
+
+
+def test_small_products_read_the_kept_weight_unless_they_are_in_a_graph(monkeypatch):
+    x, bits, keeps = (
+        SimpleNamespace(is_cuda=True),
+        torch.empty(8, dtype=torch.uint8),
+        SimpleNamespace(keeps_weight=True),
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert _is_small_on_cuda(x, bits, keeps)
+    assert not _is_small_on_cuda(torch.empty(3, 8), bits, keeps)
+    assert not _is_small_on_cuda(x, bits, SimpleNamespace(keeps_weight=False))
+    assert not _is_small_on_cuda(x, torch.empty(2**23, dtype=torch.uint8), keeps)
+    with FakeTensorMode():
+        assert not _is_small_on_cuda(x, bits, keeps)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not _is_small_on_cuda(x, bits, keeps)
 
 
 def test_operators_call_the_kernels(kernels):
