@@ -1,9 +1,9 @@
 """Importing the plugin is cheap, silent, and brings no framework with it."""
 
-import subprocess
 import sys
 
 import pytest
+from fresh_process import run_code
 
 FRAMEWORKS = ("torchao", "brevitas", "pytorch_lightning", "lightning", "rich", "safetensors", "torchmetrics", "numpy")
 CORE = (
@@ -21,13 +21,9 @@ CORE = (
 )
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-
 def new_modules(statement):
     """Top-level packages that a statement adds to those of ``import torch``."""
-    lines = run(
+    lines = run_code(
         "import sys, torch, typing_extensions\n"
         "before = set(sys.modules)\n"
         f"{statement}\n"
@@ -58,7 +54,7 @@ def test_trap_scheme_imports_its_own_framework_only(framework, other):
 
 
 def test_import_and_workflow_print_nothing():
-    result = run(
+    result = run_code(
         "import torch, pibinn_plugin as pb\n"
         "model = pb.prepare(torch.nn.Linear(4, 4), {'weight': None})\n"
         "pb.convert(pb.freeze_signs(model))"
@@ -67,7 +63,7 @@ def test_import_and_workflow_print_nothing():
 
 
 def test_public_names_exist():
-    result = run(
+    result = run_code(
         "import pibinn_plugin as pb\nfor name in pb.__all__:\n    getattr(pb, name)\nprint(hasattr(pb, 'nope'))"
     )
     assert result.stdout == "False\n"
@@ -76,7 +72,7 @@ def test_public_names_exist():
 def without(framework, statement):
     """The error of a statement where a framework is not installed."""
     code = f"import sys\nsys.modules[{framework!r}] = None\n{statement}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.splitlines()[-1]
+    return run_code(code, check=False).stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

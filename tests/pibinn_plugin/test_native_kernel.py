@@ -1,13 +1,11 @@
 """The native kernel: what torch must be able to do with its operators, how it is loaded, and each of its paths."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import run_code
 from packed_layers import BLOCKS, packed_layer
 from torch.library import opcheck
 
@@ -16,14 +14,8 @@ from pibinn_plugin.functional import kernel, packed_linear
 from pibinn_plugin.kernel import cpu
 
 ROOT = Path(__file__).parents[2]
-CASES = Path(__file__).parents[1] / "scripts" / "native_kernel_cases.py"
+CASES = "import runpy; runpy.run_module('native_kernel_cases', run_name='__main__')"
 needs_kernel = pytest.mark.skipif(kernel() == "torch", reason="the native kernel was not built, or is switched off")
-
-
-def run(arguments, **environment):
-    inherited = {name: value for name, value in os.environ.items() if name != "PIBINN_KERNEL"}
-    environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd="/")
 
 
 # ------------------------------------------------------------------------------------- gradients, tracing, compiling
@@ -103,7 +95,7 @@ def test_compiled_training_step_is_the_eager_one():
 @needs_kernel
 @pytest.mark.parametrize("path", ["portable", "avx2", "avx512"])
 def test_every_path_computes_the_product_in_float64_and_reads_nothing_else(path):
-    result = run([str(CASES)], PIBINN_KERNEL=path)
+    result = run_code(CASES, check=False, PIBINN_KERNEL=path)
     if "this processor cannot run it" in result.stderr:  # and not an illegal instruction
         assert result.returncode == 1 and f"PIBiNNError: PIBINN_KERNEL={path}" in result.stderr
         assert path != "portable"
@@ -119,21 +111,22 @@ def test_without_the_shared_object_everything_runs_on_torch(tmp_path):
         ROOT / "pibinn_plugin", tmp_path / "pibinn_plugin", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
     code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import torch, pibinn_plugin as pb\n"
         "from pibinn_plugin.functional import kernel\n"
         "print(kernel(), pb.convert(pb.prepare(torch.nn.Linear(8, 4), {'weight': None}))(torch.ones(8)).shape)"
     )
-    result = run(["-c", code], PYTHONPATH=str(tmp_path))
+    result = run_code(code, PIBINN_KERNEL="")
     assert result.stdout == "torch torch.Size([4])\n"
     assert result.stderr.count("packed weights run in plain torch") == 1 and "it was not built" in result.stderr
-    result = run(["-c", code], PYTHONPATH=str(tmp_path), PIBINN_KERNEL="avx2")
+    result = run_code(code, check=False, PIBINN_KERNEL="avx2")
     assert "PIBINN_KERNEL='avx2', but the native kernel cannot be used: it was not built" in result.stderr
 
 
 def test_forced_paths():
     code = "from pibinn_plugin.functional import kernel; print(kernel())"
-    assert run(["-c", code], PIBINN_KERNEL="torch").stdout == "torch\n"
-    assert "expected torch, portable, avx2 or avx512" in run(["-c", code], PIBINN_KERNEL="sse").stderr
+    assert run_code(code, PIBINN_KERNEL="torch").stdout == "torch\n"
+    assert "expected torch, portable, avx2 or avx512" in run_code(code, check=False, PIBINN_KERNEL="sse").stderr
 
 
 @needs_kernel

@@ -1,12 +1,11 @@
 """The scheme through torchao's own entry points: ``quantize_``, ``FqnToConfig``, ``QATConfig``."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_process import run_code
 from torch import nn
 from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import FqnToConfig, quantize_
@@ -308,10 +307,8 @@ def test_fake_quantization_is_switched_by_torchaos_own_functions(batch):
 
 
 def test_trap_import_prints_nothing():
-    run = subprocess.run(
-        [sys.executable, "-c", "import pibinn_plugin.schemes.torchao"], capture_output=True, text=True, check=True
-    )
-    assert (run.stdout, run.stderr) == ("", "")
+    result = run_code("import pibinn_plugin.schemes.torchao")
+    assert (result.stdout, result.stderr) == ("", "")
 
 
 def test_trap_filter_lets_other_messages_through(caplog):

@@ -4,9 +4,9 @@ import ast
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from fresh_process import run_code
 
 import lightning_modules.analysis
 
@@ -37,6 +37,4 @@ def test_every_function_has_a_caller_beside_its_tests():
 
 
 def test_importing_the_plugin_leaves_it_out():
-    code = "import sys, pibinn_plugin; print('lightning_modules' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+    assert run_code("import sys, pibinn_plugin; print('lightning_modules' in sys.modules)").stdout == "False\n"
