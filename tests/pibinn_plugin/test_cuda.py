@@ -10,7 +10,6 @@ import two_stage
 from config_networks import INPUTS, config_network
 from every_layer import SCHEMES, TARGETS, Solver, solver, step
 from fit_two_stage import C, S, W, fit
-from packed_layers import BLOCKS, OTHERS, PackedModel
 from two_stage import SmallModule
 
 import pibinn_plugin as pb
@@ -104,32 +103,6 @@ def test_a_checkpoint_of_the_device_goes_on_there_and_here(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- packed
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize(("structure", "shape"), BLOCKS + OTHERS, ids=str)
-@pytest.mark.parametrize("batch", [1, 3, 40])
-def test_packed_layers_are_those_of_the_cpu(structure, shape, batch, dtype):
-    model, x, y = PackedModel(structure, shape), torch.randn(batch, shape[1]), torch.randn(batch, shape[0])
-    there = on_device(model).to(dtype).layer
-    expected, adjoint = model.double()(x.double()), model.layer.adjoint(y.double())
-    tolerance = {"rtol": 20 * torch.finfo(dtype).eps, "atol": 20 * torch.finfo(dtype).eps * shape[1] ** 0.5}
-    with torch.no_grad():
-        torch.testing.assert_close(there(x.to("cuda", dtype)).cpu().double(), expected.detach(), **tolerance)
-        torch.testing.assert_close(there.adjoint(y.to("cuda", dtype)).cpu().double(), adjoint, **tolerance)
-    with torch.autocast("cuda", torch.bfloat16):
-        assert there.float()(x.cuda()).dtype == torch.bfloat16
-
-
-def test_gradients_of_packed_layers():
-    model, x = PackedModel(pb.BlockDiagonal(3), (21, 36)), torch.randn(7, 36)
-    there, x_there = on_device(model), x.cuda().requires_grad_()
-    x.requires_grad_()
-    there(x_there).square().sum().backward()
-    model(x).square().sum().backward()
-    torch.testing.assert_close(x_there.grad.cpu(), x.grad, **ROUNDING)
-    for name, parameter in there.named_parameters():
-        torch.testing.assert_close(parameter.grad.cpu(), model.get_parameter(name).grad, **ROUNDING, msg=name)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
