@@ -76,10 +76,11 @@ class _MultipliesBits(PackedLayer):
     def _reads_weight(self, input: Tensor) -> bool:
         """Whether a product on bits would unpack them or take longer, and a weight unpacked before is at hand."""
         rule, bits = self._rule, self.bits
-        multiplies = native.can_run(input, bits, rule.scale.value, None, self._layout)
-        if input.dtype != rule.dtype or (multiplies and not _is_small_on_cuda(input, bits, rule)):
+        if input.dtype != rule.dtype:
             return False
-        return rule.kept_weight(bits) is not None
+        can_run = native.can_run(input, bits, rule.scale.value, None, self._layout)
+        multiplies = can_run and not _is_small_on_cuda(input, bits, rule)
+        return not multiplies and rule.kept_weight(bits) is not None
 
     def _product(self, product: Any, input: Tensor, bias: Tensor | None) -> Tensor:
         rule = self._rule

@@ -26,10 +26,10 @@ def build(folder):
 
 
 def build_library(folder):
-    """The shared object, as setup.py builds it but for the optimization, which would take most of the time."""
+    """The shared object, as setup.py builds it."""
     library = f"{folder}/_kernel.so"
     sources = [SOURCES / f"{name}.cpp" for name in ("ops", "dispatch", "portable", "avx2", "avx512")]
-    options = ["-std=c++20", "-O1", "-Wno-psabi", "-fvisibility=hidden", "-fPIC", "-shared"]
+    options = ["-std=c++20", "-O3", "-Wno-psabi", "-fvisibility=hidden", "-fPIC", "-shared"]
     subprocess.run([COMPILER, *options, *sources, "-o", library], check=True)
     return library
 

@@ -1,18 +1,21 @@
 """A CUDA device trains, converts, saves and answers as the CPU does, and waits for no copy of an index."""
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import two_stage
+import yaml
 from config_networks import INPUTS, config_network
 from every_layer import SCHEMES, TARGETS, Solver, solver, step
 from fit_two_stage import C, S, W, fit
 from two_stage import SmallModule
 
 import pibinn_plugin as pb
+from lightning_modules.cli import main
 from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packed import keep_unpacked
 
@@ -183,12 +186,6 @@ def test_steps_wait_for_nothing(structure, compact):
 
 
 def test_every_config_trains_there(tmp_path, monkeypatch):
-    import sys
-
-    import yaml
-
-    from lightning_modules.cli import main
-
     folder = Path(__file__).parents[2]
     monkeypatch.chdir(folder)  # where the paths of data begin
     trained = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from config_networks import config_network
+from config_networks import INPUTS, config_network
 from exported_networks import FEW_NETWORKS, weak_network
 from torch import nn
 
@@ -120,7 +120,7 @@ def code_blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["calibration", "eeg_eog"])
+@pytest.mark.parametrize("name", INPUTS)
 def test_networks_of_the_configurations_run_on_a_small_device(name, tmp_path):
     """As the page for embedded engineers says, on this machine and on an emulated Cortex-M4."""
     model, x = config_network(name)

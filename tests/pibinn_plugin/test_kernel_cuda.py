@@ -253,11 +253,8 @@ def test_layouts_of_a_device_are_equal_blocks_in_their_order():
 
 
 def test_small_products_read_the_kept_weight_unless_they_are_in_a_graph(monkeypatch):
-    x, bits, keeps = (
-        SimpleNamespace(is_cuda=True),
-        torch.empty(8, dtype=torch.uint8),
-        SimpleNamespace(keeps_weight=True),
-    )
+    x, keeps = SimpleNamespace(is_cuda=True), SimpleNamespace(keeps_weight=True)
+    bits = torch.empty(8, dtype=torch.uint8)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert _is_small_on_cuda(x, bits, keeps)
     assert not _is_small_on_cuda(torch.empty(3, 8), bits, keeps)

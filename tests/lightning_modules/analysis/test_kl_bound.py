@@ -91,7 +91,7 @@ def test_all_networks_at_once_fail_no_more_often_than_stated(losses, code, examp
     flip_bits = np.array([math.log2(math.comb(10, k)) + math.log2(11) for k in flips])
     bits = torch.from_numpy(flip_bits if code == "flips" else np.full(1024, 10.0))
     assert float((0.5**bits).sum()) == pytest.approx(1)
-    counts = np.random.default_rng(1).multinomial(examples, POINTS, size=200)
+    counts = np.random.default_rng(1).multinomial(examples, POINTS, size=400)
     true, failure = losses @ POINTS, 0.3
     budget = (bits * math.log(2) + math.log(1 / failure)) / examples
     failed = [
