@@ -7,9 +7,11 @@ others with an error, as one of the CPU would in a model on a GPU.
 import pytest
 import torch
 from every_layer import SCHEMES, TARGETS, Solver, step
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pibinn_plugin as pb
 from pibinn_plugin.packed import keep_unpacked
+from pibinn_plugin.structure.base import constant
 from pibinn_plugin.workflow import freeze_signs
 
 
@@ -33,3 +35,21 @@ def test_from_latents_to_a_file(scheme, tmp_path):
         assert [name for name, tensor in tensors.items() if tensor.device.type != "cpu"] == []
     torch.testing.assert_close(output, model(x))
     torch.testing.assert_close(pb.load(tmp_path / "solver.safetensors", into=Solver())(x), output)
+
+
+def test_an_index_has_one_copy_on_a_device_and_another_in_each_trace():
+    index, device = torch.arange(3), torch.device("meta")
+    copy = constant(index, device)
+    assert copy.device == device and constant(index, device) is copy
+    assert constant(index, "cpu") is index
+    with FakeTensorMode():
+        traced = constant(index, device)
+    assert traced.device == device and type(traced) is not type(copy)
+
+
+@pytest.mark.parametrize("structure", [pb.Banded(1, 1), pb.BlockDiagonal(2), pb.Mask(torch.eye(4))], ids=repr)
+def test_places_of_weights_have_one_copy_on_a_device(structure):
+    device = torch.device("meta")
+    assert structure._positions_on(device, (4, 4)) is structure._positions_on(device, (4, 4))
+    compact = torch.empty(structure.compact_shape((4, 4)), device=device)
+    assert structure.to_dense(compact, (4, 4)).device == device
