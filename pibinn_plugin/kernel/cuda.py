@@ -264,25 +264,8 @@ def multiply(
     tile: Tile | None = None,
 ) -> Tensor:
     """``S x``, times a scale and plus a bias where they are given; the tile is a choice for measurements alone."""
-    _expect(rows > 0 and columns > 0, f"blocks of at least one row and one column, got {rows} and {columns}")
-    inputs, outputs = (rows, columns) if transposed else (columns, rows)
-    features = input.shape[-1] if input.dim() else 0
-    blocks = features // inputs
-    _expect(blocks > 0 and features % inputs == 0, f"an input with a multiple of {inputs} features, got {features}")
-    _expect(input.dtype in _MINUS_ONES, f"float32, bfloat16 or float16, got {input.dtype}")
-    size = (blocks * rows * columns + 7) // 8
-    _expect(
-        bits.dtype == torch.uint8 and bits.shape == (size,) and bits.is_contiguous(),
-        f"the bits of {blocks * rows * columns} weights, uint8, contiguous, of shape ({size},)",
-    )
-    _expect(scale is None or scale.shape == (1,), "a scale of shape (1,)")
-    _expect(
-        bias is None or (bias.shape == (blocks * outputs,) and bias.dtype == input.dtype),
-        f"a bias of shape ({blocks * outputs},) in the dtype of the input",
-    )
-    _expect(
-        all(each is None or each.device == input.device for each in (bits, scale, bias)), "all tensors on one device"
-    )
+    blocks = _blocks_of(input, bits, rows, columns, transposed, scale, bias)
+    features, outputs = input.shape[-1], columns if transposed else rows
     input = input.contiguous()
     output = input.new_empty((*input.shape[:-1], blocks * outputs))
     samples = input.numel() // features
@@ -316,6 +299,32 @@ def multiply(
             num_stages=tile.stages,
         )
     return output
+
+
+def _blocks_of(
+    input: Tensor, bits: Tensor, rows: int, columns: int, transposed: bool, scale: Tensor | None, bias: Tensor | None
+) -> int:
+    """The number of blocks. Raises RuntimeError where the arguments do not fit each other."""
+    _expect(rows > 0 and columns > 0, f"blocks of at least one row and one column, got {rows} and {columns}")
+    inputs, outputs = (rows, columns) if transposed else (columns, rows)
+    features = input.shape[-1] if input.dim() else 0
+    blocks = features // inputs
+    _expect(blocks > 0 and features % inputs == 0, f"an input with a multiple of {inputs} features, got {features}")
+    _expect(input.dtype in _MINUS_ONES, f"float32, bfloat16 or float16, got {input.dtype}")
+    size = (blocks * rows * columns + 7) // 8
+    _expect(
+        bits.dtype == torch.uint8 and bits.shape == (size,) and bits.is_contiguous(),
+        f"the bits of {blocks * rows * columns} weights, uint8, contiguous, of shape ({size},)",
+    )
+    _expect(scale is None or scale.shape == (1,), "a scale of shape (1,)")
+    _expect(
+        bias is None or (bias.shape == (blocks * outputs,) and bias.dtype == input.dtype),
+        f"a bias of shape ({blocks * outputs},) in the dtype of the input",
+    )
+    _expect(
+        all(each is None or each.device == input.device for each in (bits, scale, bias)), "all tensors on one device"
+    )
+    return blocks
 
 
 def _expect(condition: bool, expected: str) -> None:
