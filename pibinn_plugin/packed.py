@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
@@ -28,6 +29,9 @@ from pibinn_plugin.unpack_signs import PackedLayer, UnpackSigns
 
 # Multiply-adds of a dense layer up to which the call of the kernel takes longer than torch's product of floats.
 _SMALL = 2**14
+# Weights of a layer, and of one of its equal blocks, up to which compiled solvers take longer for their calls of the
+# kernel than for products of floats, which the compiler fuses with what is around them (packed_layers.md).
+_SMALL_IN_GRAPHS, _SMALL_BLOCK_IN_GRAPHS = 2**14, 2**11
 # Bytes of bits below which the same is so on a CUDA device, for products outside of graphs: not measured, but a call of
 # Triton takes tens of microseconds, and cuBLAS as long for a weight of this size (benchmarks/results/cuda_products.md).
 _SMALL_ON_CUDA = 2**23
@@ -68,10 +72,24 @@ class _MultipliesBits(PackedLayer):
         return packed_linear_adjoint(input, self.bits, rule.scale(), rule.structure, rule.shape)
 
     def stays_packed(self, input: Tensor) -> bool:
-        """Whether products with this input multiply packed signs; elsewhere they unpack the weight, each time."""
-        rule = self._rule
-        layout = native.layout_for(input, self.bits, rule.scale.value, None, rule.structure, rule.shape)
-        return self._plain_chain() is not None and layout is not None and not _is_small_on_cuda(input, self.bits, rule)
+        """Whether products with this input multiply packed signs; elsewhere a weight that is read once takes less time.
+
+        For what multiplies by one layer many times, as solvers do.
+        """
+        if is_dynamo_compiling() and self._is_read_in_graphs():
+            return False
+        rule, bits = self._rule, self.bits
+        layout = native.layout_for(input, bits, rule.scale.value, None, rule.structure, rule.shape)
+        return self._plain_chain() is not None and layout is not None and not _is_small_on_cuda(input, bits, rule)
+
+    @torch.compiler.assume_constant_result  # asked while a graph is traced
+    def _is_read_in_graphs(self) -> bool:
+        bits = self.bits
+        rows, columns = self._layout or (None, None)
+        is_small = 8 * bits.numel() <= _SMALL_IN_GRAPHS
+        if isinstance(rows, int) and isinstance(columns, int):
+            is_small |= rows * columns <= _SMALL_BLOCK_IN_GRAPHS
+        return is_small and self._rule.is_kept_for_graphs(bits)
 
     def _reads_weight(self, input: Tensor) -> bool:
         """Whether a product on bits would unpack them or take longer, and a weight unpacked before is at hand."""

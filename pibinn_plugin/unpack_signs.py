@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from pibinn_plugin.kept import KeptWeight, KeptWords, can_be_kept, can_be_laid_out
 from pibinn_plugin.kernel import native
 from pibinn_plugin.kernel.native import Blocks
+from pibinn_plugin.kernel.operators import REFRESH
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.parametrized import parametrize_by
 from pibinn_plugin.quantizer import GlobalScale, OneBitRule, check_scale
@@ -48,19 +50,22 @@ class UnpackSigns(OneBitRule):
 
     @override
     def forward(self, bits: Tensor) -> Tensor:
-        weight = self.kept_weight(bits)
-        if weight is None and torch.compiler.is_dynamo_compiling():
-            weight = self._refreshed(bits)
+        weight = self.refreshed_weight(bits) if is_dynamo_compiling() else self.kept_weight(bits)
         return self._unpack(bits) if weight is None else weight
 
-    def _refreshed(self, bits: Tensor) -> Tensor | None:
+    def refreshed_weight(self, bits: Tensor) -> Tensor | None:
         """In compiled code: the weight that was unpacked before, brought up to date by an operator of the graph."""
-        kept, scale = self._kept, self.scale.value
-        is_whole = self.compact or isinstance(self.structure, Dense)
-        if kept is None or not is_whole or self.dtype != kept.weight.dtype or not self._can_unpack(bits, scale):
+        if not self.is_kept_for_graphs(bits):
             return None
-        native.refresh(kept.weight, kept.seen, bits, scale)
+        kept: Any = self._kept
+        REFRESH(kept.weight, kept.seen, bits, self.scale.value)
         return kept.weight
+
+    @torch.compiler.assume_constant_result  # asked while a graph is traced, with the tensors of that call
+    def is_kept_for_graphs(self, bits: Tensor) -> bool:
+        """Whether a compiled graph may read the kept weight, which is unpacked now if need be."""
+        is_whole = self.compact or isinstance(self.structure, Dense)
+        return is_whole and self._can_unpack(bits, self.scale.value) and self.kept_weight(bits) is not None
 
     def _can_unpack(self, bits: Tensor, scale: Tensor) -> bool:
         needs_gradient = torch.is_grad_enabled() and scale.requires_grad
@@ -68,7 +73,7 @@ class UnpackSigns(OneBitRule):
 
     def kept_weight(self, bits: Tensor) -> Tensor | None:
         """The unpacked weight, where it is kept or can be from now on; None in graphs, which unpack it themselves."""
-        if torch.compiler.is_dynamo_compiling():  # what traces otherwise is noticed by the kept weight
+        if is_dynamo_compiling():  # what traces otherwise is noticed by the kept weight
             return None
         kept = self._kept  # once: another thread may drop it
         scale = self._scale[0]._parameters.get("value")
@@ -82,7 +87,7 @@ class UnpackSigns(OneBitRule):
 
     def kept_words(self, bits: Tensor, blocks: Blocks) -> Tensor:
         """What a product with these blocks takes: the bits laid out for it where that is kept, or else as they are."""
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return bits
         kept = self._words  # once: another thread may drop it
         if kept is None or not kept.is_of(bits):

@@ -21,10 +21,12 @@ a call passes costs as much as a hundred multiply-adds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 # The two arguments that describe where the signs are, by the overload that takes them.
 _LAYOUTS = {
@@ -77,6 +79,7 @@ def _define() -> None:
     _fake("unpack", _unpack)
     _library.define("refresh(Tensor(a!) weight, Tensor(b!) seen, Tensor bits, Tensor scale) -> ()")
     _fake("refresh", _refresh)
+    torch.library.register_torch_dispatch("pibinn::refresh", FunctionalTensorMode, _refresh_once, lib=_library)
 
 
 def _packed_linear(
@@ -153,6 +156,29 @@ def _prepare(bits: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tenso
 
 def _unpack(bits: Tensor, scale: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return bits.new_empty((count,), dtype=dtype)
+
+
+def _refresh_once(mode: FunctionalTensorMode, operator: Any, types: Any, arguments: Any, options: Any) -> None:
+    """In a graph that reads a weight many times the first read alone brings it up to date, unless something is written.
+
+    The compiler would copy the whole weight for each of them.
+    """
+    weight = arguments[0]
+    seen = getattr(weight, "_refreshed_from", None)
+    if seen is None or not all(map(is_, seen, _values(arguments))):
+        mode.__torch_dispatch__(operator, types, arguments, options)
+        weight._refreshed_from = _values(arguments)
+
+
+def _values(arguments: Sequence[Tensor]) -> list[Tensor]:
+    """What tensors hold at this place of a graph; what is written to them there makes another tensor of it."""
+    values = []
+    for argument in arguments:
+        if isinstance(argument, FunctionalTensor):
+            argument.sync()
+            argument = torch._from_functional_tensor(argument.elem)
+        values.append(argument)
+    return values
 
 
 def _refresh(weight: Tensor, seen: Tensor, bits: Tensor, scale: Tensor) -> None:

@@ -4,11 +4,14 @@ import copy
 import io
 import pickle
 import threading
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrize
 
 import pibinn_plugin as pb
@@ -280,14 +283,60 @@ def test_compiled_code_that_reads_a_kept_weight_sees_every_change(network, mode)
             torch.testing.assert_close(model(x), Tied.forward(plain, x))
 
     with mode():
-        compiled(x)  # nothing is kept yet
-        model(x)
-        kept = unpacked_bytes(model)
+        compiled(x)
+        kept = unpacked_bytes(model)  # by compiled code alone
         check()
         for change in ("set", "data", "bits", "one bit", "load", "set", "clamped", "clamped"):
             CHANGES[change](model)
             check()
         assert unpacked_bytes(model) == kept == 6 * 8 * 4
+        for enabled in (False, True):
+            keep_unpacked(model, enabled)
+            compiled(x)
+            assert unpacked_bytes(model) == 0 or enabled
+            check()
     given = torch.randn(3, 8, requires_grad=True)
     (gradient,) = torch.autograd.grad(compiled(given).sum(), given)
     torch.testing.assert_close(gradient, torch.autograd.grad(model(given).sum(), given)[0])
+
+
+class WritesBits(Raw):
+    """Reads its weight twice, and flips signs between: all of them, or one byte through a view."""
+
+    def __init__(self, flip):
+        super().__init__()
+        self.flip = flip
+
+    def forward(self, x):
+        before = x @ self.matrix.T
+        self.flip(bits_of(self))
+        return before, x @ self.matrix.T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flip", [lambda bits: bits.bitwise_not_(), lambda bits: bits[1:2].bitwise_xor_(37)])
+def test_compiled_code_that_writes_to_bits_reads_what_it_wrote(flip):
+    model, x = pb.convert(pb.prepare(WritesBits(flip), {"matrix": None})), torch.randn(3, 8)
+    before = x @ expected(model).T
+    flip(bits_of(model))
+    after = x @ expected(model).T
+    flip(bits_of(model))
+    compiled = torch.compile(model, fullgraph=True)
+    for expectation in ((before, after), (after, before)):
+        for output, value in zip(compiled(x), expectation, strict=True):
+            torch.testing.assert_close(output, value)
+
+
+@torch.no_grad()
+def test_compiled_code_brings_a_weight_up_to_date_once_and_never_copies_it():
+    model, x = pb.convert(pb.prepare(Tied(), {"matrix": None})), torch.randn(3, 8)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch.compile(model, backend=aot_autograd(fw_compiler=keep))(x)
+    (graph,) = graphs
+    called = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    assert sum(count for target, count in called.items() if "functionalized" in target or "refresh" in target) == 1

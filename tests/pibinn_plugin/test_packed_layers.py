@@ -18,6 +18,7 @@ from pibinn_plugin import (
     global_scale,
     prepare,
 )
+from pibinn_plugin.kernel import native
 from pibinn_plugin.nn import CompactLinear
 from pibinn_plugin.packed import PackedCompactLinear, PackedLinear, keep_unpacked, use_int8_activations
 
@@ -126,6 +127,31 @@ def test_compiled_code_reads_that_weight_too(enabled):
     with torch.no_grad():
         assert packed.weight.shape == (2, 3, 4)  # before: what is kept is an input of the graph
         assert torch.equal(torch.compile(lambda: packed.weight.clone(), fullgraph=True)(), model.weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layer", "stays_packed"),
+    [
+        (CompactLinear(512, 256, BlockDiagonal(8)), False),
+        (CompactLinear(1024, 512, BlockDiagonal(16)), False),  # twice the weights, in blocks of that size
+        (CompactLinear(1024, 512, BlockDiagonal(8)), True),
+        (CompactLinear(12, 8, Mask(torch.eye(8, 12, dtype=torch.bool))), False),
+        (nn.Linear(128, 128), False),
+        (nn.Linear(128, 136), True),
+    ],
+    ids=repr,
+)
+def test_compiled_solvers_read_small_weights_unless_these_are_not_kept(layer, stays_packed):
+    packed = convert(prepare(layer, {"weight": None}))
+    x = torch.zeros(1, layer.in_features)
+    if native.kernel() == "torch":
+        pytest.skip("without the kernel nothing stays packed")
+    for enabled in (True, False):
+        keep_unpacked(packed, enabled)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: x + packed.stays_packed(x), backend="eager", fullgraph=True)
+        assert packed.stays_packed(x) and compiled(x).any() == (stays_packed or not enabled)
 
 
 @pytest.mark.parametrize("make", LAYERS)
