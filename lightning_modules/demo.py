@@ -1,4 +1,4 @@
-"""``python -m lightning_modules.demo``: what one bit is good for, in a table and a picture, in under three minutes.
+"""``pibinn demo``: what one bit is good for, in a table and a picture, in under three minutes.
 
 An instrument measures 512 unknowns by an operator of ±1 whose support is known and whose signs are not. They are
 learned from 60 noisy pairs, in one bit each with one scale λ, and in the weights of others. All rows train alike, and
@@ -8,8 +8,9 @@ from the signs that fit the pairs best; float weights are also shown from plain 
 
 from __future__ import annotations
 
+import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,6 +123,16 @@ def draw(finished: list[Row], path: Path) -> Path:
     axes.margins(y=0.15)
     axes.grid(True, color="0.9")
     return save_figure(figure, path)
+
+
+def command(args: Sequence[str]) -> None:
+    """Run the command, which has no options."""
+    argparse.ArgumentParser(
+        prog="pibinn demo",
+        description="Learn an operator of ±1 from 60 pairs in one bit a weight, ternary and float: errors and bytes in "
+        f"one table and a picture, in {FOLDER}.",
+    ).parse_args(list(args))
+    main()
 
 
 def main(report: Callable[[object], None] | None = None) -> None:

@@ -25,7 +25,7 @@ from pibinn_plugin.packed_convolutions import PackedConv1d, PackedConv2d
 from pibinn_plugin.parametrized import set_class_before
 from pibinn_plugin.structure import BlockDiagonal, Dense
 from pibinn_plugin.structure.base import is_traced
-from pibinn_plugin.unpack_signs import PackedLayer, UnpackSigns
+from pibinn_plugin.unpack_signs import PackedLayer, UnpackSigns, asked_while_tracing
 
 # Multiply-adds of a dense layer up to which the call of the kernel takes longer than torch's product of floats.
 _SMALL = 2**14
@@ -82,7 +82,7 @@ class _MultipliesBits(PackedLayer):
         layout = native.layout_for(input, bits, rule.scale.value, None, rule.structure, rule.shape)
         return self._plain_chain() is not None and layout is not None and not _is_small_on_cuda(input, bits, rule)
 
-    @torch.compiler.assume_constant_result  # asked while a graph is traced
+    @asked_while_tracing
     def _is_read_in_graphs(self) -> bool:
         bits = self.bits
         rows, columns = self._layout or (None, None)

@@ -34,7 +34,7 @@ class _Convolves(PackedLayer):
         if chain is not None and "bias" in self._parameters:
             bits, rule, bias = chain._buffers["original"], chain._modules["0"], self._parameters["bias"]
             scale = rule._scale[0]._parameters["value"]
-            if self._can_look_up(input, bits, scale, bias):
+            if self._is_faster(input) and self._can_look_up(input, bits, scale, bias):
                 geometry = self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.groups
                 return CONVOLUTION(input, bits, scale, *geometry, bias)
             weight = rule.kept_weight(bits)
@@ -43,7 +43,7 @@ class _Convolves(PackedLayer):
         return super().forward(input)
 
     def _can_look_up(self, input: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
-        """Whether the kernel takes all this, and is faster; torch convolves the rest, or says what is wrong with it.
+        """Whether the kernel takes all this; torch convolves the rest, or says what is wrong with it.
 
         Written out: of a small convolution this takes half of the time.
         """
@@ -55,7 +55,6 @@ class _Convolves(PackedLayer):
             or isinstance(padding, str)
             or self.padding_mode != "zeros"
             or not native.can_run(input, bits, scale, bias)
-            or not self._is_faster(input)
             or torch._C._is_any_autocast_enabled()
         ):
             return False

@@ -8,7 +8,7 @@ and bits that are multiplied are kept in the order of their use (`kept`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,17 @@ from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.parametrized import parametrize_by
 from pibinn_plugin.quantizer import GlobalScale, OneBitRule, check_scale
 from pibinn_plugin.structure import Dense
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def asked_while_tracing(method: _Method) -> _Method:
+    """A method that runs as it is while a graph is traced, with the tensors of that call; the graph holds its answer.
+
+    As ``torch.compiler.assume_constant_result``, which would import the compiler.
+    """
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
 
 
 class UnpackSigns(OneBitRule):
@@ -61,7 +72,7 @@ class UnpackSigns(OneBitRule):
         REFRESH(kept.weight, kept.seen, bits, self.scale.value)
         return kept.weight
 
-    @torch.compiler.assume_constant_result  # asked while a graph is traced, with the tensors of that call
+    @asked_while_tracing
     def is_kept_for_graphs(self, bits: Tensor) -> bool:
         """Whether a compiled graph may read the kept weight, which is unpacked now if need be."""
         is_whole = self.compact or isinstance(self.structure, Dense)

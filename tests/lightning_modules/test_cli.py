@@ -57,6 +57,31 @@ def nmse(printed):
     return float(re.findall(r"test/NMSE\s*[^\s\d-]*\s*(-?\d+\.\d+)", printed)[-1])
 
 
+COMMANDS = ["analyze", "apply", "compare", "convert", "demo", "export", "fit", "frames", "summary", "test", "validate"]
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert [name for name in COMMANDS if not re.search(rf"\b{name}\b", printed)] == []
+
+
+def test_each_command_has_help(capsys):
+    for name in ("apply", "compare", "demo", "frames"):
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        assert f" {name} " in capsys.readouterr().out.partition("\n")[0]
+
+
+@pytest.mark.parametrize("name", ["aply", "predict", ""])
+def test_another_command_is_refused_with_those_that_there_are(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([name, "--config", "small.yaml"])
+    printed = capsys.readouterr()
+    assert printed.err == f"error: there is no command {name!r}: expected one of {', '.join(COMMANDS)}\n"
+
+
 def test_fit_test_convert_summary(run, capsys):
     run("fit")
     checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
