@@ -122,6 +122,7 @@ def cases() -> dict[str, Case]:
     """Networks, what is packed of them, and their inputs."""
     generator = torch.Generator().manual_seed(0)
     mask = pb.Mask(torch.rand(512, 512, generator=generator) < 0.1)
+    masks = [pb.Mask(torch.rand(*shape, generator=generator) < 0.1) for shape in ((1024, 1024), (64, 64, 3, 3))]
     uneven = pb.BlockDiagonal(rows=(100, 200, 300), columns=(300, 200, 100))
     blocks = pb.BlockDiagonal(8)
     return {
@@ -136,6 +137,9 @@ def cases() -> dict[str, Case]:
         "compact, band of 11 of 512 × 512": layer(lambda: CompactLinear(512, 512, pb.Banded(5, 5)), 512),
         "conv1d 64 → 64, 9, on 128": layer(lambda: nn.Conv1d(64, 64, 9, padding=4), 64, 128),
         "conv2d 64 → 64, 3 × 3, on 16 × 16": layer(lambda: nn.Conv2d(64, 64, 3, padding=1), 64, 16, 16),
+        "conv2d 64 → 64, 3 × 3, on 16 × 16, mask of 10 %": layer(
+            lambda: nn.Conv2d(64, 64, 3, padding=1), 64, 16, 16, structure=masks[1]
+        ),
         "conv2d 256 → 256, 3 × 3, on 4 × 4": layer(lambda: nn.Conv2d(256, 256, 3, padding=1), 256, 4, 4),
         "conv2d 1 → 49, 7 × 7, on 64 × 64": layer(lambda: nn.Conv2d(1, 49, 7, padding=3), 1, 64, 64),
         "conv2d of 64 channels apart, 3 × 3, on 32 × 32": layer(
@@ -145,6 +149,11 @@ def cases() -> dict[str, Case]:
         "8 raw parameters 1024 × 1024": (
             RawParameters,
             {"matrices.*": None},
+            lambda batch: torch.randn(batch, 1024),
+        ),
+        "the same, masks of 10 %": (
+            RawParameters,
+            {"matrices.*": masks[0]},
             lambda batch: torch.randn(batch, 1024),
         ),
         "LISTA of raw parameters": (

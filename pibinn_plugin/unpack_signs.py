@@ -58,6 +58,7 @@ class UnpackSigns(OneBitRule):
         self.keeps_weight = True
         self._kept: KeptWeight | None = None
         self._words: KeptWords | None = None
+        self._positions: Tensor | None = None  # for compiled code, of the values in a weight with zeros elsewhere
 
     @override
     def forward(self, bits: Tensor) -> Tensor:
@@ -69,14 +70,18 @@ class UnpackSigns(OneBitRule):
         if not self.is_kept_for_graphs(bits):
             return None
         kept: Any = self._kept
-        REFRESH(kept.weight, kept.seen, bits, self.scale.value)
+        REFRESH(kept.weight, kept.seen, bits, self.scale.value, self._positions)
         return kept.weight
 
     @asked_while_tracing
     def is_kept_for_graphs(self, bits: Tensor) -> bool:
         """Whether a compiled graph may read the kept weight, which is unpacked now if need be."""
-        is_whole = self.compact or isinstance(self.structure, Dense)
-        return is_whole and self._can_unpack(bits, self.scale.value) and self.kept_weight(bits) is not None
+        if not self._can_unpack(bits, self.scale.value) or self.kept_weight(bits) is None:
+            return False
+        if self._positions is None and not self.compact and not isinstance(self.structure, Dense):
+            with torch.inference_mode(False):
+                self._positions = self.structure.positions(self.shape)
+        return True
 
     def _can_unpack(self, bits: Tensor, scale: Tensor) -> bool:
         needs_gradient = torch.is_grad_enabled() and scale.requires_grad
@@ -120,19 +125,20 @@ class UnpackSigns(OneBitRule):
 
     @property
     def kept_bytes(self) -> int:
-        """The memory of what is kept now: the unpacked weight, and the bits laid out for products."""
+        """The memory of what is kept now: the unpacked weight, its positions, and the bits laid out for products."""
         kept, words = self._kept, self._words
         unpacked = 0 if kept is None else kept.weight.nbytes
-        return unpacked + (0 if words is None or words.words is None else words.words.nbytes)
+        places = 0 if self._positions is None else self._positions.nbytes
+        return unpacked + places + (0 if words is None or words.words is None else words.words.nbytes)
 
     def drop_kept(self) -> None:
         """Give that memory back."""
-        self._kept = self._words = None
+        self._kept = self._words = self._positions = None
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles unpack their weights and lay out their bits anew."""
-        return {**vars(self), "_kept": None, "_words": None}
+        return {**vars(self), "_kept": None, "_words": None, "_positions": None}
 
     @override
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from pibinn_plugin.errors import PIBiNNError
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
 _PATHS = ("torch", "portable", "avx2", "avx512")
-_INTERFACE = 8  # of the shared object; raised with every change of its operators
+_INTERFACE = 9  # of the shared object; raised with every change of its operators
 
 
 def load() -> tuple[str, str]:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from pibinn_plugin.kernel import cpu
-from pibinn_plugin.kernel.operators import FUSED, INT8, PREPARE, PRODUCT, REFRESH, UNPACK, prepared_words
+from pibinn_plugin.kernel.operators import FUSED, INT8, PREPARE, PRODUCT, UNPACK, prepared_words
 from pibinn_plugin.structure import BlockDiagonal, Dense, Shape, Structure, matrix_shape
 from pibinn_plugin.structure.base import constant
 from pibinn_plugin.structure.sparse_rows import sparse_rows
@@ -192,11 +192,6 @@ def prepare(bits: Tensor, blocks: Blocks, count: int) -> Tensor | None:
 def unpack(bits: Tensor, scale: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """``±λ`` for the first ``count`` bits, with the λ that `GlobalScale` makes of its parameter; without a gradient."""
     return UNPACK(bits, scale, count, dtype)
-
-
-def refresh(weight: Tensor, seen: Tensor, bits: Tensor, scale: Tensor) -> None:
-    """Write ``±λ`` into a weight, if bits or λ are not what was seen when that was done last."""
-    REFRESH(weight, seen, bits, scale)
 
 
 def _at_first_use(name: str) -> Callable[..., Tensor]:

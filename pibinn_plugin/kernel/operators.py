@@ -10,7 +10,8 @@ the same names (`cpu`, whose shared object does it in C++). Another one is a fil
 ``prepare`` lays the bits of blocks out in the order in which a product uses them: words of 32, for this processor and
 this process alone. Operators for blocks, unless transposed, take these words in the place of the bits.
 ``unpack`` gives the values ``±λ`` of the first ``count`` bits; ``refresh`` writes them into a weight that was unpacked
-before, if bits or λ are no longer what was ``seen`` then: bytes, those of the bits and 4 of λ.
+before, if bits or λ are no longer what was ``seen`` then: bytes, those of the bits and 4 of λ. A weight with a mask has
+them at ``positions``, and zeros elsewhere.
 
 Rows and columns are those of each block, in lists where blocks are uneven; index and shape are those of a matrix of any
 pattern. Unchecked: the numbers of the index are taken to lie within the matrix, as they do where `sparse_rows` made it.
@@ -77,7 +78,9 @@ def _define() -> None:
     _fake("prepare", _prepare)
     _library.define("unpack(Tensor bits, Tensor scale, int count, ScalarType dtype) -> Tensor")
     _fake("unpack", _unpack)
-    _library.define("refresh(Tensor(a!) weight, Tensor(b!) seen, Tensor bits, Tensor scale) -> ()")
+    _library.define(
+        "refresh(Tensor(a!) weight, Tensor(b!) seen, Tensor bits, Tensor scale, Tensor? positions=None) -> ()"
+    )
     _fake("refresh", _refresh)
     torch.library.register_torch_dispatch("pibinn::refresh", FunctionalTensorMode, _refresh_once, lib=_library)
 
@@ -181,7 +184,7 @@ def _values(arguments: Sequence[Tensor]) -> list[Tensor]:
     return values
 
 
-def _refresh(weight: Tensor, seen: Tensor, bits: Tensor, scale: Tensor) -> None:
+def _refresh(weight: Tensor, seen: Tensor, bits: Tensor, scale: Tensor, positions: Tensor | None = None) -> None:
     return None
 
 

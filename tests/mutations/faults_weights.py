@@ -263,10 +263,15 @@ FAULTS = [
         "            if True:",
         "kept_words",
     ),
-    Fault("unpack_signs.py", '{**vars(self), "_kept": None, "_words": None}', '{**vars(self), "_words": None}', "kept"),
     Fault(
         "unpack_signs.py",
-        '{**vars(self), "_kept": None, "_words": None}',
+        '{**vars(self), "_kept": None, "_words": None, "_positions": None}',
+        '{**vars(self), "_words": None}',
+        "kept",
+    ),
+    Fault(
+        "unpack_signs.py",
+        '{**vars(self), "_kept": None, "_words": None, "_positions": None}',
         '{**vars(self), "_kept": None}',
         "kept_words",
     ),

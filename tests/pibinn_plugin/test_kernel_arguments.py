@@ -112,6 +112,20 @@ def test_wrong_activation_scales_are_errors():
         operator(x[:0], BITS, SCALE, torch.ones(1), 4, 8)
 
 
+def test_a_weight_is_written_at_positions_within_it_and_nowhere_else():
+    operator, bits, scale = torch.ops.pibinn.refresh.default, torch.tensor([0b101], dtype=torch.uint8), torch.ones(1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        memory, seen = torch.full((8,), 7.0, dtype=dtype), torch.zeros(5, dtype=torch.uint8)
+        weight = memory[1:7].view(2, 3)
+        operator(weight, seen, bits, scale, torch.tensor([5, 0, 2]))
+        assert memory.tolist() == [7, -1, 0, 1, 0, 0, 1, 7]
+        assert seen.tolist() == [0b101, 0, 0, 0x80, 0x3F]
+        for wrong in ([0, 1, 6], [0, -1, 1], [0, 2**40, 1], [[0, 1, 2]], [0, 1] * 8, [0.0, 1.0, 2.0]):
+            with pytest.raises(RuntimeError, match="pibinn: "):
+                operator(weight, torch.zeros(5, dtype=torch.uint8), bits, scale, torch.tensor(wrong))
+        assert memory[0] == memory[7] == 7
+
+
 # ---------------------------------------------------------------------------------------------------------- of sizes
 
 

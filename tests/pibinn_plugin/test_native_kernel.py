@@ -49,7 +49,9 @@ def test_operators_keep_the_rules_of_torch(transposed):
     opcheck(operators.sign_product.uneven, (x.clone().requires_grad_(), uneven.bits, [1, 0, 9], [5, 2, 33], transposed))
     opcheck(operators.prepare, (uneven.bits, [1, 0, 9], [5, 2, 33]))
     opcheck(operators.unpack, (uneven.bits, scale, 302, torch.bfloat16))
-    opcheck(operators.refresh, (torch.empty(302), torch.zeros(42, dtype=torch.uint8), uneven.bits, scale))
+    for weight, positions in ((torch.empty(302), None), (torch.empty(400), torch.randperm(400)[:302])):
+        seen = torch.zeros(42, dtype=torch.uint8)
+        opcheck(operators.refresh, (weight, seen, uneven.bits, scale, positions))
     even = packed_layer(*BLOCKS[1])
     x = torch.randn(2, 3, 21 if transposed else 36)
     opcheck(operators.packed_linear.default, (x, even.bits, scale, 7, 12, None, transposed, True))

@@ -20,7 +20,8 @@ from pibinn_plugin import (
 )
 from pibinn_plugin.kernel import native
 from pibinn_plugin.nn import CompactLinear
-from pibinn_plugin.packed import PackedCompactLinear, PackedLinear, keep_unpacked, use_int8_activations
+from pibinn_plugin.packed import PackedCompactLinear, PackedLinear, keep_unpacked, unpacked_bytes, use_int8_activations
+from pibinn_plugin.packing import PackedSigns
 
 
 class Twice(nn.Module):
@@ -119,14 +120,28 @@ def test_the_weight_that_is_read_is_that_of_training_in_every_mode(structure, co
                     assert torch.equal(weight, expected)
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_compiled_code_reads_that_weight_too(enabled):
-    model = prepare(CompactLinear(8, 6, BlockDiagonal(2)), {"weight": None})
-    packed = convert(model)
-    keep_unpacked(packed, enabled)
-    with torch.no_grad():
-        assert packed.weight.shape == (2, 3, 4)  # before: what is kept is an input of the graph
-        assert torch.equal(torch.compile(lambda: packed.weight.clone(), fullgraph=True)(), model.weight)
+@torch.no_grad()
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("structure", COMPACT, ids=repr)
+def test_compiled_code_reads_that_weight_too(structure, compact):
+    """Before anything else has read it, after its bits, λ and the weight itself were written to, and kept or not."""
+    packed = convert(prepare(CompactLinear(8, 6, structure) if compact else nn.Linear(8, 6), {"weight": structure}))
+    bits, scale = packed.parametrizations.weight.original, global_scale(packed)
+    compiled = torch.compile(lambda: packed.weight.clone(), fullgraph=True, backend="aot_eager")
+    changes = [
+        lambda: None,
+        lambda: bits[:1].bitwise_xor_(1),
+        lambda: scale.set(0.3),
+        lambda: packed.weight.data.fill_(2),
+        lambda: keep_unpacked(packed, False),
+        lambda: keep_unpacked(packed, True),
+    ]
+    for change in changes:
+        change()
+        weight, kept = compiled(), unpacked_bytes(packed)
+        signs = PackedSigns(bits, structure, (6, 8))
+        assert torch.equal(weight, signs.weight(scale(), compact, torch.float32))
+        assert change is not changes[-2] or kept == 0
 
 
 @torch.no_grad()

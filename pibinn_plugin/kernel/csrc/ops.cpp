@@ -338,7 +338,7 @@ void register_operators() {
 }  // namespace pibinn
 
 // Raised with every change of the operators above: Python leaves a shared object that was built before it alone.
-extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 8; }
+extern "C" __attribute__((visibility("default"))) int pibinn_interface() { return 9; }
 
 // Implement the operators, once. The name of the path in use, for Python; or an error as its message, which starts with
 // PIBINN_KERNEL where the environment is at fault.
