@@ -73,16 +73,17 @@ def microseconds(solver: Solver, y: Tensor) -> float:
     return 1e6 * elapsed / calls
 
 
-@torch.inference_mode()
 def measure(blocks: int, batch: int) -> dict[str, list[float]]:
     """Interleaved rounds of all forms."""
     y = torch.randn(batch, blocks * ROWS)
     with tempfile.TemporaryDirectory() as folder:
-        forms = solvers(blocks, y, folder)
-        for solver in forms.values():
-            solver(y)
-            solver(y)
-        rounds = [{name: microseconds(solver, y) for name, solver in forms.items()} for _ in range(ROUNDS)]
+        with torch.no_grad():  # not in inference mode: nothing is kept for what is made there
+            forms = solvers(blocks, y, folder)
+        with torch.inference_mode():
+            for solver in forms.values():
+                solver(y)
+                solver(y)
+            rounds = [{name: microseconds(solver, y) for name, solver in forms.items()} for _ in range(ROUNDS)]
     return {name: [measured[name] for measured in rounds] for name in forms}
 
 
