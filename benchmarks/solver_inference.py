@@ -34,11 +34,13 @@ def packed_twin(solver: CalibratedAMP) -> nn.Module:
 
 
 def aot_compiled(solver: nn.Module, y: Tensor, folder: str) -> Solver:
-    """The float solver as AOTInductor compiles and loads it: what a program without Python would run."""
+    """The float solver as AOTInductor compiles and loads it: what a program without Python would run.
+
+    For batches of any size, as packed solvers are exported: one that is fixed to 1 lets the compiler fuse more.
+    """
+    program = torch.export.export(solver, (torch.cat([y, y]),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     path = f"{folder}/float.pt2"
-    return torch._inductor.aoti_load_package(
-        torch._inductor.aoti_compile_and_package(torch.export.export(solver, (y,)), package_path=path)
-    )
+    return torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=path))
 
 
 def aot_exported(packed: nn.Module, y: Tensor, folder: str) -> Solver:
