@@ -262,7 +262,7 @@ def keep_unpacked(model: nn.Module, enabled: bool = True) -> None:
 
 
 def unpacked_bytes(model: nn.Module) -> int:
-    """The memory of the unpacked weights and laid out bits that a packed model keeps now; 0 before its first use.
+    """The memory of the unpacked weights, their positions and the bits laid out that a packed model keeps; 0 at first.
 
     Beside it there are the bits, and a copy of them with which compiled code finds out whether they changed.
     `keep_unpacked` has an example.

@@ -62,10 +62,10 @@ class UnpackSigns(OneBitRule):
 
     @override
     def forward(self, bits: Tensor) -> Tensor:
-        weight = self.refreshed_weight(bits) if is_dynamo_compiling() else self.kept_weight(bits)
+        weight = self._refreshed_weight(bits) if is_dynamo_compiling() else self.kept_weight(bits)
         return self._unpack(bits) if weight is None else weight
 
-    def refreshed_weight(self, bits: Tensor) -> Tensor | None:
+    def _refreshed_weight(self, bits: Tensor) -> Tensor | None:
         """In compiled code: the weight that was unpacked before, brought up to date by an operator of the graph."""
         if not self.is_kept_for_graphs(bits):
             return None
