@@ -122,6 +122,7 @@ def cases() -> dict[str, Case]:
     """Networks, what is packed of them, and their inputs."""
     generator = torch.Generator().manual_seed(0)
     mask = pb.Mask(torch.rand(512, 512, generator=generator) < 0.1)
+    half = pb.Mask(torch.rand(512, 512, generator=generator) < 0.5)
     masks = [pb.Mask(torch.rand(*shape, generator=generator) < 0.1) for shape in ((1024, 1024), (64, 64, 3, 3))]
     uneven = pb.BlockDiagonal(rows=(100, 200, 300), columns=(300, 200, 100))
     blocks = pb.BlockDiagonal(8)
@@ -130,12 +131,16 @@ def cases() -> dict[str, Case]:
         "linear 256 × 128": layer(lambda: nn.Linear(128, 256), 128),
         "linear 16 × 16": layer(lambda: nn.Linear(16, 16), 16),
         "linear 512 × 512, mask of 10 %": layer(lambda: nn.Linear(512, 512), 512, structure=mask),
+        "linear 512 × 512, mask of 50 %": layer(lambda: nn.Linear(512, 512), 512, structure=half),
+        "linear 1 × 512": layer(lambda: nn.Linear(512, 1), 512),
         "compact, 64 blocks 512 × 512": layer(lambda: CompactLinear(32768, 32768, pb.BlockDiagonal(64)), 32768),
         "compact, 8 blocks 64 × 32": layer(lambda: CompactLinear(256, 512, blocks), 256),
+        "compact, 1,000 blocks 4 × 4": layer(lambda: CompactLinear(4000, 4000, pb.BlockDiagonal(1000)), 4000),
         "compact, 3 uneven blocks": layer(lambda: CompactLinear(600, 600, uneven), 600),
         "compact, mask of 10 % of 512 × 512": layer(lambda: CompactLinear(512, 512, mask), 512),
         "compact, band of 11 of 512 × 512": layer(lambda: CompactLinear(512, 512, pb.Banded(5, 5)), 512),
         "conv1d 64 → 64, 9, on 128": layer(lambda: nn.Conv1d(64, 64, 9, padding=4), 64, 128),
+        "conv1d 16 → 16, 5, stride 2, on 1,000": layer(lambda: nn.Conv1d(16, 16, 5, 2), 16, 1000),
         "conv2d 64 → 64, 3 × 3, on 16 × 16": layer(lambda: nn.Conv2d(64, 64, 3, padding=1), 64, 16, 16),
         "conv2d 64 → 64, 3 × 3, on 16 × 16, mask of 10 %": layer(
             lambda: nn.Conv2d(64, 64, 3, padding=1), 64, 16, 16, structure=masks[1]

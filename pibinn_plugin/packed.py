@@ -16,19 +16,18 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
+from pibinn_plugin.break_even import BreakEven, break_even
 from pibinn_plugin.errors import PIBiNNError
 from pibinn_plugin.functional import packed_linear, packed_linear_adjoint, packed_linear_int8
 from pibinn_plugin.kernel import native
 from pibinn_plugin.kernel.native import Layout
-from pibinn_plugin.nn import CompactLinear
+from pibinn_plugin.nn import CompactLinear, compact_linear
 from pibinn_plugin.packed_convolutions import PackedConv1d, PackedConv2d
 from pibinn_plugin.parametrized import set_class_before
 from pibinn_plugin.structure import BlockDiagonal, Dense
 from pibinn_plugin.structure.base import is_traced
 from pibinn_plugin.unpack_signs import PackedLayer, UnpackSigns, asked_while_tracing
 
-# Multiply-adds of a dense layer up to which the call of the kernel takes longer than torch's product of floats.
-_SMALL = 2**14
 # Weights of a layer, and of one of its equal blocks, up to which compiled solvers take longer for their calls of the
 # kernel than for products of floats, which the compiler fuses with what is around them (packed_layers.md).
 _SMALL_IN_GRAPHS, _SMALL_BLOCK_IN_GRAPHS = 2**14, 2**11
@@ -42,11 +41,22 @@ class _MultipliesBits(PackedLayer):
 
     int8_activations = False  # how the layer runs, not what it is: in no state dict or file
     _layout: Layout | None
+    in_features: int
+    out_features: int
+    _break_even: BreakEven
 
     @override
     def forward(self, input: Tensor) -> Tensor:
         chain = self._plain_chain()
-        if chain is None or input.is_nested:  # which no product with λ takes
+        if chain is None:
+            return super().forward(input)
+        own = self._parameters
+        if not self.int8_activations and "bias" in own and not self._is_faster_on_bits(input, self.in_features):
+            weight, own_bias = chain._modules["0"].kept_weight(chain._buffers["original"]), own["bias"]
+            is_float = own_bias is None or own_bias.dtype is torch.float32
+            if is_float and weight is not None and weight.dtype is torch.float32:
+                return self._multiply(input, weight, own_bias)
+        if input.is_nested:  # which no product with λ takes
             return super().forward(input)
         bias: Any = self.bias
         if self.int8_activations:
@@ -58,6 +68,10 @@ class _MultipliesBits(PackedLayer):
         if self._reads_weight(input):
             return super().forward(input)
         return self._product(packed_linear, input, bias)
+
+    def _multiply(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of the float layer."""
+        raise NotImplementedError
 
     def adjoint(self, input: Tensor) -> Tensor:
         """``λ (S ⊙ M)ᵀ y``: input ``(..., rows)``, output ``(..., columns)``."""
@@ -79,8 +93,19 @@ class _MultipliesBits(PackedLayer):
         if is_dynamo_compiling() and self._is_read_in_graphs():
             return False
         rule, bits = self._rule, self.bits
+        if not self._is_faster_on_bits(input, self.out_features) and rule.kept_weight(bits) is not None:
+            return False
         layout = native.layout_for(input, bits, rule.scale.value, None, rule.structure, rule.shape)
         return self._plain_chain() is not None and layout is not None and not _is_small_on_cuda(input, bits, rule)
+
+    def _is_faster_on_bits(self, input: Tensor, features: int) -> bool:
+        """Whether bits take less time for so many samples, in float32; graphs may take any number of them."""
+        if input.dtype is not torch.float32:
+            return True
+        least, most, in_graphs = self._break_even
+        if is_dynamo_compiling() or type(count := input.numel()) is not int:
+            return in_graphs
+        return least <= count // features <= most
 
     @asked_while_tracing
     def _is_read_in_graphs(self) -> bool:
@@ -140,19 +165,16 @@ class PackedLinear(_MultipliesBits, nn.Linear):
     """``nn.Linear`` on packed signs: ``y = λ (S ⊙ M) x + b``, input ``(..., columns)``, output ``(..., rows)``."""
 
     @override
-    def forward(self, input: Tensor) -> Tensor:
-        if input.numel() * self.out_features <= _SMALL and not self.int8_activations:
-            chain = self._plain_chain()
-            weight = None if chain is None else chain._modules["0"].kept_weight(chain._buffers["original"])
-            if "bias" in self._parameters and weight is not None and input.dtype is weight.dtype is torch.float32:
-                bias = self._parameters["bias"]
-                if bias is None or bias.dtype is torch.float32:
-                    return F.linear(input, weight, bias)
-        return super().forward(input)
+    def _multiply(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, weight, bias)
 
 
 class PackedCompactLinear(_MultipliesBits, CompactLinear):
     """`CompactLinear` on packed signs."""
+
+    @override
+    def _multiply(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return compact_linear(input, weight, self.structure, self.dense_shape, bias)
 
 
 _PACKED_LAYERS: dict[type[nn.Module], type[PackedLayer]] = {
@@ -178,6 +200,7 @@ def multiply_bits(module: nn.Module) -> None:
         return
     is_permuted = isinstance(structure, BlockDiagonal) and structure.row_order is not None
     module._layout = None if is_permuted else native.layout_of(structure, rule.shape)  # type: ignore[assignment]
+    module._break_even = break_even(structure, rule.shape, rule.compact)  # type: ignore[assignment]
     set_class_before(module, packed_layer)
 
 
@@ -187,7 +210,7 @@ def stop_multiplying_bits(module: nn.Module) -> bool:
     if not issubclass(packed_layer, PackedLayer):
         return False
     set_class_before(module, packed_layer.__bases__[1])
-    for name in ("_layout", "int8_activations"):
+    for name in ("_layout", "_break_even", "int8_activations"):
         vars(module).pop(name, None)
     return True
 

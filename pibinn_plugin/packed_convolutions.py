@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from pibinn_plugin.kernel import native
 from pibinn_plugin.kernel.operators import CONVOLUTION
+from pibinn_plugin.structure.base import is_known
 from pibinn_plugin.unpack_signs import PackedLayer
 
 
@@ -67,17 +68,25 @@ class _Convolves(PackedLayer):
         """Whether looking sums up is faster than the convolution of floats, as measured on Zen 3.
 
         Finding the inputs of a position and building tables of their sums takes as long as the lookups of two dozen
-        outputs, for 32 inputs as for fewer. Torch has fast loops for images whose channels lie side by side, which are
-        slow to start: few outputs pay only where there are few positions.
+        outputs, for 32 inputs as for fewer. Torch convolves few positions slowly, for few outputs or many, and long
+        kernels of one dimension. It has fast loops for images whose channels lie side by side, slow to start likewise.
         """
-        outputs, inputs = self._layout
-        if input.is_contiguous() or input.dim() != 4 or not input.is_contiguous(memory_format=torch.channels_last):
-            return inputs >= 48
-        if inputs == input.shape[1] // self.groups:  # 1 x 1
+        (outputs, inputs), kernel = self._layout, self.kernel_size
+        outputs //= self.groups
+        if inputs < 48:
             return False
-        if len(input) * input.shape[2] * input.shape[3] <= 512:
-            return inputs >= 48
-        return inputs >= 144 and outputs // self.groups >= 64
+        is_pointwise = inputs == self.in_channels // self.groups
+        if input.is_contiguous() or input.dim() != 4 or not input.is_contiguous(memory_format=torch.channels_last):
+            if (
+                outputs >= (64 if is_pointwise else 40)
+                or (len(kernel) == 1 and kernel[0] >= 9)
+                or max(self.dilation) > 1
+            ):
+                return True
+            return not is_pointwise and is_known(input.numel() <= 1024 * self.in_channels)
+        if is_pointwise:
+            return False
+        return is_known(input.numel() <= 512 * self.in_channels) or (inputs >= 144 and outputs >= 64)
 
 
 class PackedConv1d(_Convolves, nn.Conv1d):  # type: ignore[misc]  # whose attributes are those above

@@ -62,7 +62,7 @@ class UnpackSigns(OneBitRule):
 
     @override
     def forward(self, bits: Tensor) -> Tensor:
-        weight = self._refreshed_weight(bits) if is_dynamo_compiling() else self.kept_weight(bits)
+        weight = self.kept_weight(bits)
         return self._unpack(bits) if weight is None else weight
 
     def _refreshed_weight(self, bits: Tensor) -> Tensor | None:
@@ -88,9 +88,9 @@ class UnpackSigns(OneBitRule):
         return not needs_gradient and self.dtype in native.DTYPES and native.can_run(scale, bits, scale, None)
 
     def kept_weight(self, bits: Tensor) -> Tensor | None:
-        """The unpacked weight, where it is kept or can be from now on; None in graphs, which unpack it themselves."""
+        """The unpacked weight, where it is kept or can be from now on; None where each read unpacks."""
         if is_dynamo_compiling():  # what traces otherwise is noticed by the kept weight
-            return None
+            return self._refreshed_weight(bits)
         kept = self._kept  # once: another thread may drop it
         scale = self._scale[0]._parameters.get("value")
         if kept is not None and kept.is_of(bits, scale):

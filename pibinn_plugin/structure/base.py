@@ -268,6 +268,15 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """A condition on the sizes of a tensor; in a graph for tensors of many sizes, whether it holds for all of them."""
+    if not torch.compiler.is_compiling() and isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # the compiler, which is there then
+
+    return statically_known_true(condition)
+
+
 _copies: MutableMapping[Tensor, dict[torch.device | str, Tensor]] = WeakIdKeyDictionary()
 _positions: MutableMapping[Structure, dict[tuple[tuple[int, ...], torch.device], Tensor]] = WeakIdKeyDictionary()
 

@@ -70,6 +70,11 @@ def test_any_convolution_is_the_trained_one(groups, width, stride, padding, dila
         (nn.Conv2d(16, 8, 3), IMAGES),
         (nn.Conv2d(16, 8, 3), CHANNELS_LAST),
         (nn.Conv2d(16, 64, 3), torch.randn(20, 16, 9, 9).to(memory_format=torch.channels_last)),
+        (nn.Conv2d(16, 40, 3), torch.randn(20, 16, 9, 9)),
+        (nn.Conv2d(64, 64, 1), torch.randn(20, 64, 9, 9)),
+        (nn.Conv2d(16, 8, 3, dilation=2), torch.randn(20, 16, 9, 9)),
+        (nn.Conv1d(16, 8, 9), torch.randn(20, 16, 81)),
+        (nn.Conv2d(16, 8, 3), torch.randn(12, 16, 9, 9)),
     ],
 )
 def test_no_weight_is_unpacked_for_inference(layer, x):
@@ -86,6 +91,10 @@ def test_no_weight_is_unpacked_for_inference(layer, x):
         (nn.Conv2d(16, 16, 3, groups=16), IMAGES),  # too little to look up
         (nn.Conv2d(16, 64, 1), CHANNELS_LAST),
         (nn.Conv2d(16, 16, 3), torch.randn(20, 16, 9, 9).to(memory_format=torch.channels_last)),
+        (nn.Conv2d(16, 39, 3), torch.randn(20, 16, 9, 9)),  # too few outputs for so many positions
+        (nn.Conv2d(16, 80, 3, groups=4), torch.randn(20, 16, 9, 9)),
+        (nn.Conv1d(16, 8, 7), torch.randn(20, 16, 81)),
+        (nn.Conv2d(64, 63, 1), torch.randn(1, 64, 9, 9)),
     ],
 )
 def test_floats_convolve_where_they_are_faster(layer, x):

@@ -1,0 +1,85 @@
+"""Where multiplying bits breaks even: for how many samples it takes less time than a product of floats.
+
+Both give the same values, so this is about time alone. Measured for float32 on Zen 3 with AVX2 and one thread
+(``benchmarks/break_even.py``), module against module, and cut so that no layer is slower than its float layer there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Shape, Structure, matrix_shape
+
+# Of products with a whole matrix, those where (rows · columns)² · samples is no larger: 2^16 weights for one sample,
+# 2^13 for 64. The call of the kernel takes longer than torch's, and torch becomes faster with more samples.
+_SMALL = 2**32
+# Rows or columns of a dense matrix: the kernel works on 32 columns at a time, whose tables pay for many rows.
+_NARROW = 24
+# Weights of a block of a whole matrix, and for each 32 columns of a block that stands by itself, as these cost the
+# kernel the same however few they are.
+_TINY, _TINY_COMPACT = 32, 400
+# Blocks times samples from which tiny blocks take longer than the call of the kernel saves.
+_MANY = 512
+
+
+# Structural weights up to which reading the weight in a graph takes longer than a product on bits ever does.
+_SMALL_IN_GRAPHS = 2**13
+
+
+class BreakEven(NamedTuple):
+    """For how many samples a linear layer takes less time on its bits.
+
+    Args:
+        least: samples from which it does.
+        most: samples up to which it does; less than `least` where it never does.
+        in_graphs: whether compiled code, which may take any number of samples, is to multiply bits.
+    """
+
+    least: float
+    most: float
+    in_graphs: bool
+
+
+def break_even(structure: Structure, shape: Shape, compact: bool) -> BreakEven:
+    """When a linear layer takes less time on its bits.
+
+    Args:
+        structure: of the weight.
+        shape: of the weight, dense.
+        compact: whether the float layer multiplies by structural weights alone, as `CompactLinear`.
+
+    Example:
+        >>> break_even(Dense(), (1024, 1024), compact=False)
+        BreakEven(least=1, most=inf, in_graphs=True)
+        >>> break_even(Dense(), (64, 64), compact=False).least
+        257
+    """
+    is_whole = not compact or isinstance(structure, Dense)  # torch multiplies by all of the matrix
+    least = _least_samples(structure, shape) if is_whole else 1
+    most = math.inf if is_whole else _most_samples(structure, shape)
+    ever = least <= most and least < math.inf
+    return BreakEven(least, most, ever or structure.nnz(shape) <= _SMALL_IN_GRAPHS)
+
+
+def _least_samples(structure: Structure, shape: Shape) -> float:
+    rows, columns = matrix_shape(shape)
+    weights, nonzeros = rows * columns, structure.nnz(shape)
+    least = 1 + _SMALL // weights**2
+    if isinstance(structure, Dense):
+        return math.inf if min(rows, columns) < _NARROW else least
+    if isinstance(structure, BlockDiagonal):
+        return math.inf if nonzeros < _TINY * len(structure.sizes(shape)[0]) else least
+    # Torch multiplies by the zeros too, at up to seven times the rate. A band is put into the order of rows first.
+    if 4 * nonzeros > weights:
+        return math.inf
+    is_dense = (20 if isinstance(structure, Banded) else 10) * nonzeros > weights
+    return max(least, 4) if is_dense else least
+
+
+def _most_samples(structure: Structure, shape: Shape) -> float:
+    if not isinstance(structure, BlockDiagonal) or structure.rows is not None:
+        return math.inf
+    blocks, rows, columns = structure.compact_shape(shape)
+    is_tiny = rows * columns <= _TINY_COMPACT * math.ceil(columns / 32)
+    return _MANY // blocks if is_tiny else math.inf
