@@ -41,6 +41,7 @@ LINEAR = [
 # The same, but bits are multiplied up to so many samples, and the weight is read from the next on (or 0: at once).
 COMPACT = [
     (CompactLinear(256, 256, pb.BlockDiagonal(16)), None, 32, 33),  # blocks of 16 × 16
+    (CompactLinear(768, 256, pb.BlockDiagonal(16)), None, 32, 33),  # 16 × 48, of which the kernel makes 16 × 64
     (CompactLinear(512, 256, pb.BlockDiagonal(8)), None, 300, 0),  # 32 × 64: no more than that for 32 columns
     (CompactLinear(4000, 4000, pb.BlockDiagonal(1000)), None, 0, 1),
     (CompactLinear(64, 64, mask(64, 64, 90)), None, 300, 0),
@@ -150,7 +151,9 @@ def test_graphs_multiply_bits_but_in_large_layers_where_it_never_pays(layer, str
 def test_the_number_of_samples_is_no_guard_of_a_graph(layer):
     """Compiled for any number, a packed layer is as many graphs as the float one; exported, it takes any."""
     packed, features = packed_layer(layer, None), (8, 12, 12) if isinstance(layer, nn.Conv2d) else (layer.in_features,)
-    inputs = [torch.randn(samples, *features) for samples in (2, 40, 4000)]
+    inputs = [
+        torch.randn(samples, *features) for samples in (2, 14, 40, 4000)
+    ]  # torch has convolutions of its own for 16
     counts = []
     for module in (layer, packed):
         graphs = []
@@ -162,7 +165,7 @@ def test_the_number_of_samples_is_no_guard_of_a_graph(layer):
         counts.append(len(graphs))
     assert counts[0] == counts[1]
     shapes = ({0: torch.export.Dim("batch", max=4096)},)
-    program = torch.export.export(packed, (inputs[0],), dynamic_shapes=shapes).module()
     with torch.no_grad():
+        program = torch.export.export(packed, (inputs[0],), dynamic_shapes=shapes).module()
         for x in inputs:
             torch.testing.assert_close(program(x), packed(x), rtol=1e-4, atol=1e-4)

@@ -92,7 +92,8 @@ def test_no_weight_is_unpacked_for_inference(layer, x):
         (nn.Conv2d(16, 64, 1), CHANNELS_LAST),
         (nn.Conv2d(16, 16, 3), torch.randn(20, 16, 9, 9).to(memory_format=torch.channels_last)),
         (nn.Conv2d(16, 39, 3), torch.randn(20, 16, 9, 9)),  # too few outputs for so many positions
-        (nn.Conv2d(16, 80, 3, groups=4), torch.randn(20, 16, 9, 9)),
+        (nn.Conv2d(64, 80, 3, groups=4), torch.randn(20, 64, 9, 9)),
+        (nn.Conv2d(1, 8, 9), torch.randn(20, 1, 17, 17)),
         (nn.Conv1d(16, 8, 7), torch.randn(20, 16, 81)),
         (nn.Conv2d(64, 63, 1), torch.randn(1, 64, 9, 9)),
     ],
