@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch._inductor.exc import InvalidCxxCompiler
 
 from pibinn_plugin.errors import ExportError
-from pibinn_plugin.export.program import program_of
+from pibinn_plugin.export.program import program_of, use_exportable_weights
+from pibinn_plugin.export.unpack import UnpackForExport
 from pibinn_plugin.export.verify import Runner
+from pibinn_plugin.weights import packed_weights
 
 DYNAMIC_BATCH = True
 
@@ -21,9 +23,15 @@ def write(packed: nn.Module, args: tuple[Tensor, ...], path: Path) -> None:
     """Compile the network and write the package."""
     if path.suffix != ".pt2":
         raise ExportError(f"AOTInductor packages are named *.pt2; got {path.name!r}")
+    if packed_weights(packed):  # else it is the float twin of a network
+        use_exportable_weights(packed)
+    # Weights are unpacked when the package is loaded, and not in every call, if they are made of tensors alone: not of
+    # numbers, which the other pass makes of -λ and rules make masks of.
+    options = {"aot_inductor.use_runtime_constant_folding": True, "joint_graph_constant_folding": False}
+    for module in packed.modules():
+        if isinstance(module, UnpackForExport):
+            module.store_mask()
     try:
-        # Signs are unpacked when the package is loaded; otherwise every product would unpack its own.
-        options = {"aot_inductor.use_runtime_constant_folding": True}
         torch._inductor.aoti_compile_and_package(
             program_of(packed, args), package_path=str(path), inductor_configs=options
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +26,7 @@ def rule_of(structure: Structure, shape: Shape) -> nn.Module:
         return _BlockRule(rows, columns, structure)
     mask = structure if isinstance(structure, Mask) else Mask(structure.mask(shape))
     if mask.encoding == "bitmap":
-        return _BitmapRule(mask, shape)
+        return BitmapRule(mask.mask(shape).flatten())
     return _SparseRowsRule(mask, rows, columns)
 
 
@@ -92,15 +91,15 @@ class _BlockNumbers(nn.Module):
         return (torch.arange(self.count)[:, None] >= ends).to(torch.int64).sum(1)
 
 
-class _BitmapRule(nn.Module):
-    """One bit for each element."""
+class BitmapRule(nn.Module):
+    """One bit for each element of a flat mask."""
 
     bitmap: Tensor
 
-    def __init__(self, mask: Mask, shape: Shape) -> None:
+    def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.count = math.prod(shape)
-        self.register_buffer("bitmap", pack_bits(mask.mask(shape).flatten()))
+        self.count = len(mask)
+        self.register_buffer("bitmap", pack_bits(mask))
 
     @override
     def forward(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from pibinn_plugin.bits import pack_bits, unpack_bits
-from pibinn_plugin.export.rules import rule_of
+from pibinn_plugin.export.rules import BitmapRule, rule_of
 from pibinn_plugin.packing import PackedSigns
 from pibinn_plugin.parametrized import stop_parametrizing
 from pibinn_plugin.structure import Dense
@@ -47,8 +47,14 @@ class UnpackForExport(nn.Module):
         if self.rule is not None:
             mask = self.rule()
             places = (mask.to(torch.int64).cumsum(0) - 1).clamp_min(0)
-            values = torch.where(mask, values.index_select(0, places), torch.zeros_like(scale))
+            # Zero from λ: what is made of no tensor is no constant to AOTInductor.
+            values = torch.where(mask, values.index_select(0, places), scale - scale)
         return values.reshape(self.shape)
+
+    def store_mask(self) -> None:
+        """Hold one bit for each element in the place of a rule, which a compiler would compute in every call."""
+        if self.rule is not None:
+            self.rule = BitmapRule(self.rule())
 
 
 def row_major_bits(packed: PackedSigns) -> Tensor:

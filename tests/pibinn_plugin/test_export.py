@@ -1,8 +1,10 @@
 """The exports that need no Brevitas: onnx, pt2, aoti, executorch."""
 
 import os
+import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import pibinn_plugin as pb
 from pibinn_plugin.comparison import outputs_of
 from pibinn_plugin.export import program
 from pibinn_plugin.export.sizes import export_sizes
+from pibinn_plugin.nn import CompactLinear
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -220,11 +223,32 @@ def test_pt2_runs_without_the_plugin(tmp_path):
     run_without_plugin(path, model, torch.randn(5, 32), tmp_path, "pt2")
 
 
+def folded_bytes(path):
+    """Of what an AOTInductor package makes of its constants when it is loaded."""
+    with zipfile.ZipFile(path) as package:
+        source = next(name for name in package.namelist() if name.endswith(".wrapper.cpp"))
+        constants = r'constants_info_\[\d+\]\.name = "(\w+)";.*?data_size = (\d+);'
+        found = re.findall(constants, package.read(source).decode(), re.DOTALL)
+    return [int(size) for name, size in found if name.startswith("_FOLDED_CONST")]
+
+
 @pytest.mark.slow
-def test_aoti_runs_without_the_plugin(tmp_path):
-    model, x = weak_network("masked_band", "torchao")
-    path = pb.export(model, tmp_path / "net.pt2", (x,), "aoti")
-    run_without_plugin(path, model, torch.randn(5, 32), tmp_path, "aoti")
+def test_aoti_unpacks_weights_when_it_is_loaded_and_runs_without_the_plugin(tmp_path):
+    """One network, since compilers take their time: weights of every rule, and blocks and filters without one."""
+    masks = [
+        pb.Mask(torch.rand(48, 48, generator=torch.Generator().manual_seed(0)) < density) for density in (0.02, 0.4)
+    ]
+    uneven = pb.BlockDiagonal(rows=(8, 40), columns=(30, 18))
+    structures = [None, pb.Banded(2, 3), *masks, uneven, pb.BlockDiagonal(4)]
+    layers = [nn.Linear(48, 48) for _ in structures]
+    layers += [CompactLinear(48, 48, pb.BlockDiagonal(2)), CompactLinear(48, 48, pb.Banded(2, 3))]
+    model = nn.Sequential(*layers, nn.Unflatten(1, (4, 12)), nn.Conv1d(4, 4, 4))
+    targets = {f"{k}.weight": structure for k, structure in enumerate(structures)}
+    model = pb.convert(pb.prepare(model, {**targets, "6.weight": None, "7.weight": None, "9.weight": None}))
+    path = pb.export(model, tmp_path / "net.pt2", (torch.randn(1, 48),), "aoti")
+    dense = 4 * 48 * 48
+    assert sorted(folded_bytes(path)) == sorted([*[dense] * 6, dense // 4, dense // 2, 4 * 4 * 4 * 4])
+    run_without_plugin(path, model, torch.randn(5, 48), tmp_path, "aoti")
 
 
 def test_aoti_without_a_compiler(tmp_path):
