@@ -162,9 +162,6 @@ FAULTS = [
         "export::test_files_stay_at_one_bit_a_weight",
     ),
     Fault("export/aoti.py", 'if path.suffix != ".pt2":', "if False:", "export::test_aoti_without_a_compiler -kaoti"),
-    Fault("export/aoti.py", ', "joint_graph_constant_folding": False', "", "export::test_aoti_unpacks -kaoti"),
-    Fault("export/aoti.py", "            module.store_mask()", "            pass", "export::test_aoti_unpacks -kaoti"),
-    Fault("export/unpack.py", "scale - scale)", "torch.zeros_like(scale))", "export::test_aoti_unpacks -kaoti"),
     Fault("export/qonnx_graph.py", "[0, *ends[:-1]]", "[0, *ends[1:]]", "export_brevitas"),
     Fault("export/brevitas_layers.py", "and not has_empty_blocks(target.structure)", "", "export_brevitas"),
     Fault(
