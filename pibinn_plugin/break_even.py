@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from pibinn_plugin.structure import Banded, BlockDiagonal, Dense, Shape, Structure, matrix_shape
 
-# Of products with a whole matrix, those where (rows · columns)² · samples is no larger: 2^16 weights for one sample,
-# 2^13 for 64. The call of the kernel takes longer than torch's, and torch becomes faster with more samples.
-_SMALL = 2**32
+# Of products with a whole matrix, those where (rows · columns)² · samples is smaller: 2^15 weights for one sample, 2^12
+# for 64. The call of the kernel takes longer than torch's, and torch becomes faster with more samples.
+_SMALL = 2**30
 # Rows or columns of a dense matrix: the kernel works on 32 columns at a time, whose tables pay for many rows.
 _NARROW = 24
 # Weights of a block of a whole matrix, and for each 32 columns of a block that stands by itself, as these cost the
@@ -53,7 +53,7 @@ def break_even(structure: Structure, shape: Shape, compact: bool) -> BreakEven:
         >>> break_even(Dense(), (1024, 1024), compact=False)
         BreakEven(least=1, most=inf, in_graphs=True)
         >>> break_even(Dense(), (64, 64), compact=False).least
-        257
+        64
     """
     is_whole = not compact or isinstance(structure, Dense)  # torch multiplies by all of the matrix
     least = _least_samples(structure, shape) if is_whole else 1
@@ -65,7 +65,7 @@ def break_even(structure: Structure, shape: Shape, compact: bool) -> BreakEven:
 def _least_samples(structure: Structure, shape: Shape) -> float:
     rows, columns = matrix_shape(shape)
     weights, nonzeros = rows * columns, structure.nnz(shape)
-    least = 1 + _SMALL // weights**2
+    least = math.ceil(_SMALL / weights**2)
     if isinstance(structure, Dense):
         return math.inf if min(rows, columns) < _NARROW else least
     if isinstance(structure, BlockDiagonal):
@@ -73,7 +73,7 @@ def _least_samples(structure: Structure, shape: Shape) -> float:
     # Torch multiplies by the zeros too, at up to seven times the rate. A band is put into the order of rows first.
     if 4 * nonzeros > weights:
         return math.inf
-    is_dense = (20 if isinstance(structure, Banded) else 10) * nonzeros > weights
+    is_dense = (16 if isinstance(structure, Banded) else 8) * nonzeros > weights
     return max(least, 4) if is_dense else least
 
 

@@ -51,7 +51,7 @@ class _MultipliesBits(PackedLayer):
         if chain is None:
             return super().forward(input)
         own = self._parameters
-        if not self.int8_activations and "bias" in own and not self._is_faster_on_bits(input, self.in_features):
+        if not self._is_faster_on_bits(input, self.in_features) and not self.int8_activations and "bias" in own:
             weight, own_bias = chain._modules["0"].kept_weight(chain._buffers["original"]), own["bias"]
             is_float = own_bias is None or own_bias.dtype is torch.float32
             if is_float and weight is not None and weight.dtype is torch.float32:
@@ -100,12 +100,10 @@ class _MultipliesBits(PackedLayer):
 
     def _is_faster_on_bits(self, input: Tensor, features: int) -> bool:
         """Whether bits take less time for so many samples, in float32; graphs may take any number of them."""
-        if input.dtype is not torch.float32:
-            return True
         least, most, in_graphs = self._break_even
         if is_dynamo_compiling() or type(count := input.numel()) is not int:
-            return in_graphs
-        return least <= count // features <= most
+            return in_graphs or input.dtype is not torch.float32
+        return least * features <= count <= most * features or input.dtype is not torch.float32
 
     @asked_while_tracing
     def _is_read_in_graphs(self) -> bool:

@@ -22,19 +22,19 @@ def mask(rows, columns, percent):
 
 # Layer, structure, samples up to which the weight is read, samples from which bits are multiplied (or 0: never).
 LINEAR = [
-    (nn.Linear(256, 256), None, 1, 2),  # (2^16)² · 1 = 2^32
-    (nn.Linear(256, 258), None, 0, 1),
-    (nn.Linear(64, 128, bias=False), None, 64, 65),
+    (nn.Linear(255, 128), None, 1, 2),
+    (nn.Linear(256, 128), None, 0, 1),  # (2^15)² · 1 = 2^30
+    (nn.Linear(64, 128, bias=False), None, 15, 16),
     (nn.Linear(512, 512), None, 0, 1),
     (nn.Linear(512, 23), None, 300, 0),
     (nn.Linear(23, 512), None, 300, 0),
-    (nn.Linear(24, 512), None, 28, 29),
-    (nn.Linear(512, 512), mask(512, 512, 10), 0, 1),
-    (nn.Linear(512, 512), mask(512, 512, 11), 3, 4),
+    (nn.Linear(24, 512), None, 7, 8),
+    (nn.Linear(512, 512), mask(512, 512, 12), 0, 1),
+    (nn.Linear(512, 512), mask(512, 512, 13), 3, 4),
     (nn.Linear(512, 512), mask(512, 512, 25), 3, 4),
     (nn.Linear(512, 512), mask(512, 512, 26), 300, 0),
-    (nn.Linear(512, 512), pb.Banded(12, 12), 0, 1),
-    (nn.Linear(512, 512), pb.Banded(13, 13), 3, 4),
+    (nn.Linear(512, 512), pb.Banded(15, 15), 0, 1),
+    (nn.Linear(512, 512), pb.Banded(16, 16), 3, 4),
     (nn.Linear(512, 512), pb.BlockDiagonal(64), 0, 1),
     (nn.Linear(512, 512), pb.BlockDiagonal(128), 300, 0),  # blocks of 4 × 4
 ]
@@ -99,7 +99,7 @@ def test_compact_layers_multiply_bits_up_to_so_many_samples(layer, structure, bi
 @needs_kernel
 def test_samples_are_counted_over_all_dimensions_but_the_last():
     packed = packed_layer(nn.Linear(64, 128), None)
-    assert reads_weight(packed, torch.randn(4, 1, 16, 64)) and not reads_weight(packed, torch.randn(5, 13, 64))
+    assert reads_weight(packed, torch.randn(3, 1, 5, 64)) and not reads_weight(packed, torch.randn(2, 8, 64))
 
 
 @needs_kernel
