@@ -21,8 +21,6 @@ _NARROW = 24
 _TINY, _TINY_COMPACT = 32, 400
 # Blocks times samples from which tiny blocks take longer than the call of the kernel saves.
 _MANY = 512
-
-
 # Structural weights up to which reading the weight in a graph takes longer than a product on bits ever does.
 _SMALL_IN_GRAPHS = 2**13
 
