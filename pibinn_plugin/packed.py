@@ -254,9 +254,10 @@ def keep_unpacked(model: nn.Module, enabled: bool = True) -> None:
     For inference: a weight that is read as a tensor (a raw parameter, some convolutions, whatever multiplies by
     ``module.weight`` itself) is unpacked at its first use and kept until its bits or λ are written to, replaced or
     moved. It takes the memory of the float weight; `unpacked_bytes` counts it. Without, it is unpacked at each use.
-    Linear layers do so for small products and where there is no kernel. Elsewhere they multiply their bits, and keep
-    them a second time in the order in which products use them: as many bytes again, up to a quarter more where blocks
-    are no multiples of 32, nothing where they are much smaller. State dicts, files, copies and exports hold bits only.
+    Linear layers do so where it takes less time (`break_even`) and where there is no kernel. Elsewhere they multiply
+    their bits, and keep them a second time in the order in which products use them: as many bytes again, up to a
+    quarter more where blocks are no multiples of 32, nothing where they are much smaller. State dicts, files, copies
+    and exports hold bits only.
 
     A write that torch does not count, to ``bits.data`` or through numpy, is not seen: call this again after it, which
     drops what was kept.

@@ -151,9 +151,8 @@ def test_graphs_multiply_bits_but_in_large_layers_where_it_never_pays(layer, str
 def test_the_number_of_samples_is_no_guard_of_a_graph(layer):
     """Compiled for any number, a packed layer is as many graphs as the float one; exported, it takes any."""
     packed, features = packed_layer(layer, None), (8, 12, 12) if isinstance(layer, nn.Conv2d) else (layer.in_features,)
-    inputs = [
-        torch.randn(samples, *features) for samples in (2, 14, 40, 4000)
-    ]  # torch has convolutions of its own for 16
+    # Two numbers below 16, from which on torch itself has other convolutions.
+    inputs = [torch.randn(samples, *features) for samples in (2, 14, 40, 4000)]
     counts = []
     for module in (layer, packed):
         graphs = []

@@ -244,7 +244,8 @@ def test_aoti_unpacks_weights_when_it_is_loaded_and_runs_without_the_plugin(tmp_
     layers += [CompactLinear(48, 48, pb.BlockDiagonal(2)), CompactLinear(48, 48, pb.Banded(2, 3))]
     model = nn.Sequential(*layers, nn.Unflatten(1, (4, 12)), nn.Conv1d(4, 4, 4))
     targets = {f"{k}.weight": structure for k, structure in enumerate(structures)}
-    model = pb.convert(pb.prepare(model, {**targets, "6.weight": None, "7.weight": None, "9.weight": None}))
+    targets |= {"6.weight": None, "7.weight": None, "9.weight": None}
+    model = pb.convert(pb.prepare(model, targets, "torchao"))
     path = pb.export(model, tmp_path / "net.pt2", (torch.randn(1, 48),), "aoti")
     dense = 4 * 48 * 48
     assert sorted(folded_bytes(path)) == sorted([*[dense] * 6, dense // 4, dense // 2, 4 * 4 * 4 * 4])
