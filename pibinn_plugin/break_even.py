@@ -21,8 +21,14 @@ _NARROW = 24
 _TINY, _TINY_COMPACT = 32, 400
 # Blocks times samples from which tiny blocks take longer than the call of the kernel saves.
 _MANY = 512
-# Structural weights up to which reading the weight in a graph takes longer than a product on bits ever does.
+# Structural weights from which compiled code multiplies bits, where torch multiplies by nothing else: it unpacks fewer
+# in the graph, and fuses their product with what is around it, in less time than the call of the kernel takes.
+_LARGE_IN_GRAPHS = {Dense: 2**12, Banded: 2**13, BlockDiagonal: 2**15}
+# Of a weight with zeros, which are not placed in a graph in less time, those up to which it multiplies bits even where
+# that never pays.
 _SMALL_IN_GRAPHS = 2**13
+# Weights of a layer, and of one of its equal blocks, up to which compiled solvers read them, once for many products.
+_SMALL_IN_SOLVERS, _SMALL_BLOCK_IN_SOLVERS = 2**14, 2**11
 
 
 class BreakEven(NamedTuple):
@@ -32,11 +38,13 @@ class BreakEven(NamedTuple):
         least: samples from which it does.
         most: samples up to which it does; less than `least` where it never does.
         in_graphs: whether compiled code, which may take any number of samples, is to multiply bits.
+        in_solvers: whether it is to do so where it multiplies by one weight many times.
     """
 
     least: float
     most: float
     in_graphs: bool
+    in_solvers: bool
 
 
 def break_even(structure: Structure, shape: Shape, compact: bool) -> BreakEven:
@@ -49,15 +57,31 @@ def break_even(structure: Structure, shape: Shape, compact: bool) -> BreakEven:
 
     Example:
         >>> break_even(Dense(), (1024, 1024), compact=False)
-        BreakEven(least=1, most=inf, in_graphs=True)
+        BreakEven(least=1, most=inf, in_graphs=True, in_solvers=True)
         >>> break_even(Dense(), (64, 64), compact=False).least
         64
     """
     is_whole = not compact or isinstance(structure, Dense)  # torch multiplies by all of the matrix
     least = _least_samples(structure, shape) if is_whole else 1
     most = math.inf if is_whole else _most_samples(structure, shape)
-    ever = least <= most and least < math.inf
-    return BreakEven(least, most, ever or structure.nnz(shape) <= _SMALL_IN_GRAPHS)
+    pays = least < math.inf and most == math.inf
+    return BreakEven(least, most, _in_graphs(structure, shape, compact, pays), _in_solvers(structure, shape))
+
+
+def _in_graphs(structure: Structure, shape: Shape, compact: bool, pays: bool) -> bool:
+    nonzeros = structure.nnz(shape)
+    if compact or isinstance(structure, Dense):
+        return pays and nonzeros >= _LARGE_IN_GRAPHS.get(type(structure), 0)
+    return pays or nonzeros <= _SMALL_IN_GRAPHS
+
+
+def _in_solvers(structure: Structure, shape: Shape) -> bool:
+    if structure.nnz(shape) <= _SMALL_IN_SOLVERS:
+        return False
+    if not isinstance(structure, BlockDiagonal) or structure.rows is not None:
+        return True
+    _, rows, columns = structure.compact_shape(shape)
+    return rows * columns > _SMALL_BLOCK_IN_SOLVERS
 
 
 def _least_samples(structure: Structure, shape: Shape) -> float:

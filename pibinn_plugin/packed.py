@@ -26,13 +26,10 @@ from pibinn_plugin.packed_convolutions import PackedConv1d, PackedConv2d
 from pibinn_plugin.parametrized import set_class_before
 from pibinn_plugin.structure import BlockDiagonal, Dense
 from pibinn_plugin.structure.base import is_traced
-from pibinn_plugin.unpack_signs import PackedLayer, UnpackSigns, asked_while_tracing
+from pibinn_plugin.unpack_signs import PackedLayer, UnpackSigns
 
-# Weights of a layer, and of one of its equal blocks, up to which compiled solvers take longer for their calls of the
-# kernel than for products of floats, which the compiler fuses with what is around them (packed_layers.md).
-_SMALL_IN_GRAPHS, _SMALL_BLOCK_IN_GRAPHS = 2**14, 2**11
-# Bytes of bits below which the same is so on a CUDA device, for products outside of graphs: not measured, but a call of
-# Triton takes tens of microseconds, and cuBLAS as long for a weight of this size (benchmarks/results/cuda_products.md).
+# Bytes of bits below which products of floats take less time on a CUDA device, outside of graphs: not measured, but a
+# call of Triton takes tens of microseconds, and cuBLAS as long for such a weight (benchmarks/results/cuda_products.md).
 _SMALL_ON_CUDA = 2**23
 
 
@@ -90,7 +87,7 @@ class _MultipliesBits(PackedLayer):
 
         For what multiplies by one layer many times, as solvers do.
         """
-        if is_dynamo_compiling() and self._is_read_in_graphs():
+        if is_dynamo_compiling() and not self._break_even.in_solvers:
             return False
         rule, bits = self._rule, self.bits
         if not self._is_faster_on_bits(input, self.out_features) and rule.kept_weight(bits) is not None:
@@ -100,19 +97,10 @@ class _MultipliesBits(PackedLayer):
 
     def _is_faster_on_bits(self, input: Tensor, features: int) -> bool:
         """Whether bits take less time for so many samples, in float32; graphs may take any number of them."""
-        least, most, in_graphs = self._break_even
+        least, most, in_graphs, _ = self._break_even
         if is_dynamo_compiling() or type(count := input.numel()) is not int:
             return in_graphs or input.dtype is not torch.float32
         return least * features <= count <= most * features or input.dtype is not torch.float32
-
-    @asked_while_tracing
-    def _is_read_in_graphs(self) -> bool:
-        bits = self.bits
-        rows, columns = self._layout or (None, None)
-        is_small = 8 * bits.numel() <= _SMALL_IN_GRAPHS
-        if isinstance(rows, int) and isinstance(columns, int):
-            is_small |= rows * columns <= _SMALL_BLOCK_IN_GRAPHS
-        return is_small and self._rule.is_kept_for_graphs(bits)
 
     def _reads_weight(self, input: Tensor) -> bool:
         """Whether a product on bits would unpack them or take longer, and a weight unpacked before is at hand."""

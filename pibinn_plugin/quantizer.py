@@ -129,7 +129,7 @@ class GlobalScale(nn.Module):
 
     def forward(self) -> Tensor:
         """λ, shape ``(1,)``: positive whatever an optimizer did to the parameter, and exactly it where it is."""
-        return self.value.abs().clamp_min(smallest_scale(self.value.dtype))
+        return positive(self.value)
 
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -154,6 +154,11 @@ class GlobalScale(nn.Module):
         if type(self.value) not in (nn.Parameter, Tensor):
             return "traced"  # torch.export prints modules, and a fake tensor has no value
         return f"{self.value.item():.4g}" if self.value.device.type != "meta" else "meta"
+
+
+def positive(value: Tensor) -> Tensor:
+    """λ of its parameter: its magnitude, and no zero."""
+    return value.abs().clamp_min(smallest_scale(value.dtype))
 
 
 def smallest_scale(dtype: torch.dtype) -> float:

@@ -11,7 +11,8 @@ the same names (`cpu`, whose shared object does it in C++). Another one is a fil
 this process alone. Operators for blocks, unless transposed, take these words in the place of the bits.
 ``unpack`` gives the values ``±λ`` of the first ``count`` bits; ``refresh`` writes them into a weight that was unpacked
 before, if bits or λ are no longer what was ``seen`` then: bytes, those of the bits and 4 of λ. A weight with a mask has
-them at ``positions``, and zeros elsewhere.
+them at ``positions``, and zeros elsewhere. ``unpack_in_graph`` is ``unpack`` in plain torch operations, in whose place
+they come to stand where a graph is compiled; it has a gradient and runs on any device.
 
 Rows and columns are those of each block, in lists where blocks are uneven; index and shape are those of a matrix of any
 pattern. Unchecked: the numbers of the index are taken to lie within the matrix, as they do where `sparse_rows` made it.
@@ -28,6 +29,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+
+from pibinn_plugin.bits import bits_of_bytes
+from pibinn_plugin.quantizer import positive
 
 # The two arguments that describe where the signs are, by the overload that takes them.
 _LAYOUTS = {
@@ -78,6 +82,8 @@ def _define() -> None:
     _fake("prepare", _prepare)
     _library.define("unpack(Tensor bits, Tensor scale, int count, ScalarType dtype) -> Tensor")
     _fake("unpack", _unpack)
+    _library.define("unpack_in_graph(Tensor bits, Tensor scale, int count, ScalarType dtype) -> Tensor")
+    _library.impl("unpack_in_graph", _unpack_in_graph, "CompositeImplicitAutograd")
     _library.define(
         "refresh(Tensor(a!) weight, Tensor(b!) seen, Tensor bits, Tensor scale, Tensor? positions=None) -> ()"
     )
@@ -161,6 +167,29 @@ def _unpack(bits: Tensor, scale: Tensor, count: int, dtype: torch.dtype) -> Tens
     return bits.new_empty((count,), dtype=dtype)
 
 
+def _unpack_in_graph(bits: Tensor, scale: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """In a graph that reads a weight many times the first read alone unpacks it, unless something is written.
+
+    The compiler would do it for each of them.
+    """
+    if not isinstance(bits, FunctionalTensor):
+        return _unpack_in_torch(bits, scale, count, dtype)
+    how = count, dtype, torch.is_grad_enabled()
+    values, known_how, seen = vars(bits).get("_unpacked", (bits, None, ()))
+    if how != known_how or not all(map(is_, seen, _values([bits, scale, values]))):
+        values = _unpack_in_torch(bits, scale, count, dtype)
+        vars(bits)["_unpacked"] = values, how, _values([bits, scale, values])
+    return values
+
+
+def _unpack_in_torch(bits: Tensor, scale: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    scale = positive(scale).to(dtype)
+    values = torch.where(bits_of_bytes(bits), scale, -scale)
+    # As a tensor of its own, byte by byte: the compiler would unpack in every product that it fuses, and without vector
+    # instructions where rows are no multiples of 8.
+    return values.as_strided((values.numel(),), (1,))[:count]
+
+
 def _refresh_once(mode: FunctionalTensorMode, operator: Any, types: Any, arguments: Any, options: Any) -> None:
     """In a graph that reads a weight many times the first read alone brings it up to date, unless something is written.
 
@@ -215,4 +244,5 @@ PRODUCT: dict[type, Any] = {
 CONVOLUTION: Any = _ops.packed_convolution.default
 PREPARE: Any = _ops.prepare.default
 UNPACK: Any = _ops.unpack.default
+UNPACK_IN_GRAPH: Any = _ops.unpack_in_graph.default
 REFRESH: Any = _ops.refresh.default

@@ -128,23 +128,41 @@ def operators(packed, x):
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("layer", "structure", "reads"),
+    ("layer", "structure", "operator"),
     [
-        (nn.Linear(64, 64), None, False),  # small: reading takes longer in a graph
-        (nn.Linear(512, 16), None, False),
-        (nn.Linear(512, 17), None, True),
-        (nn.Linear(512, 512), mask(512, 512, 20), False),
-        (nn.Linear(512, 512), mask(512, 512, 50), True),
-        (CompactLinear(4000, 4000, pb.BlockDiagonal(1000)), None, True),
-        (CompactLinear(256, 256, pb.BlockDiagonal(16)), None, False),
+        (nn.Linear(65, 63), None, "unpack_in_graph"),
+        (nn.Linear(64, 64), None, "packed_linear"),
+        (nn.Linear(512, 16), None, "unpack_in_graph"),  # narrow: bits never pay
+        (nn.Linear(5000, 16), None, "refresh"),
+        (nn.Linear(64, 64), mask(64, 64, 2), "packed_linear"),  # zeros are not placed in a graph
+        (nn.Linear(512, 512), mask(512, 512, 20), "packed_linear"),
+        (nn.Linear(128, 128), mask(128, 128, 50), "packed_linear"),
+        (nn.Linear(512, 512), mask(512, 512, 50), "refresh"),
+        (CompactLinear(4000, 4000, pb.BlockDiagonal(1000)), None, "unpack_in_graph"),
+        (CompactLinear(1504, 1504, pb.BlockDiagonal(47)), None, "packed_linear"),  # 32 × 32, more than 2^15 in all
+        (CompactLinear(512, 256, pb.BlockDiagonal(8)), None, "unpack_in_graph"),
+        (CompactLinear(512, 512, pb.Banded(5, 5)), None, "unpack_in_graph"),
+        (CompactLinear(512, 512, pb.Banded(10, 10)), None, "packed_linear"),
+        (CompactLinear(64, 64, mask(64, 64, 2)), None, "packed_linear"),
     ],
     ids=repr,
 )
-def test_graphs_multiply_bits_but_in_large_layers_where_it_never_pays(layer, structure, reads):
+def test_graphs_multiply_bits_or_unpack_the_weight_whichever_takes_less_time(layer, structure, operator):
     packed = packed_layer(layer, structure)
     names = operators(packed, torch.randn(2, layer.in_features))
-    assert ("pibinn.refresh.default" in names) == reads
-    assert any(name.startswith("pibinn.packed_linear") for name in names) == (not reads)
+    assert [name.split(".")[1] for name in names if name.startswith("pibinn.")] == [operator]
+
+
+def test_a_weight_that_a_graph_unpacks_has_the_gradients_of_the_float_layer():
+    packed, x = packed_layer(nn.Linear(13, 7), None), torch.randn(5, 13)
+    scale = pb.global_scale(packed).value
+
+    def gradients(layer):
+        given = x.clone().requires_grad_()
+        return torch.autograd.grad(layer(given).square().sum(), [given, scale, packed.bias])
+
+    for compiled, plain in zip(gradients(torch.compile(packed, fullgraph=True)), gradients(packed), strict=True):
+        torch.testing.assert_close(compiled, plain)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Linear(512, 16), nn.Conv2d(8, 8, 3)], ids=repr)

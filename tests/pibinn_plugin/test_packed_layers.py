@@ -17,6 +17,7 @@ from pibinn_plugin import (
     convert,
     global_scale,
     prepare,
+    unpack_signs,
 )
 from pibinn_plugin.kernel import native
 from pibinn_plugin.nn import CompactLinear
@@ -121,10 +122,12 @@ def test_the_weight_that_is_read_is_that_of_training_in_every_mode(structure, co
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("small", [2**16, 0], ids=["unpacked by the graph", "kept"])
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("structure", COMPACT, ids=repr)
-def test_compiled_code_reads_that_weight_too(structure, compact):
+def test_compiled_code_reads_that_weight_too(structure, compact, small, monkeypatch):
     """Before anything else has read it, after its bits, λ and the weight itself were written to, and kept or not."""
+    monkeypatch.setattr(unpack_signs, "_SMALL_IN_GRAPHS", small)
     packed = convert(prepare(CompactLinear(8, 6, structure) if compact else nn.Linear(8, 6), {"weight": structure}))
     bits, scale = packed.parametrizations.weight.original, global_scale(packed)
     compiled = torch.compile(lambda: packed.weight.clone(), fullgraph=True, backend="aot_eager")
@@ -157,16 +160,13 @@ def test_compiled_code_reads_that_weight_too(structure, compact):
     ],
     ids=repr,
 )
-def test_compiled_solvers_read_small_weights_unless_these_are_not_kept(layer, stays_packed):
+def test_compiled_solvers_read_small_weights(layer, stays_packed):
     packed = convert(prepare(layer, {"weight": None}))
     x = torch.zeros(64, layer.in_features)  # eager, fewer samples of a small layer are faster on the weight
     if native.kernel() == "torch":
         pytest.skip("without the kernel nothing stays packed")
-    for enabled in (True, False):
-        keep_unpacked(packed, enabled)
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda x: x + packed.stays_packed(x), backend="eager", fullgraph=True)
-        assert packed.stays_packed(x) and compiled(x).any() == (stays_packed or not enabled)
+    compiled = torch.compile(lambda x: x + packed.stays_packed(x), backend="eager", fullgraph=True)
+    assert packed.stays_packed(x) and compiled(x).any() == stays_packed
 
 
 @pytest.mark.parametrize("make", LAYERS)
