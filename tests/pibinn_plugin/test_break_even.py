@@ -141,6 +141,7 @@ def operators(packed, x):
         (CompactLinear(4000, 4000, pb.BlockDiagonal(1000)), None, "unpack_in_graph"),
         (CompactLinear(1504, 1504, pb.BlockDiagonal(47)), None, "packed_linear"),  # 32 × 32, more than 2^15 in all
         (CompactLinear(512, 256, pb.BlockDiagonal(8)), None, "unpack_in_graph"),
+        (CompactLinear(3008, 3008, pb.BlockDiagonal(188)), None, "unpack_in_graph"),  # more than 2^15, in 16 × 16
         (CompactLinear(512, 512, pb.Banded(5, 5)), None, "unpack_in_graph"),
         (CompactLinear(512, 512, pb.Banded(10, 10)), None, "packed_linear"),
         (CompactLinear(64, 64, mask(64, 64, 2)), None, "packed_linear"),
@@ -151,6 +152,15 @@ def test_graphs_multiply_bits_or_unpack_the_weight_whichever_takes_less_time(lay
     packed = packed_layer(layer, structure)
     names = operators(packed, torch.randn(2, layer.in_features))
     assert [name.split(".")[1] for name in names if name.startswith("pibinn.")] == [operator]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(13, 7), nn.Bilinear(3, 4, 5)], ids=repr)
+def test_a_program_that_is_exported_through_the_compiler_has_no_operator_of_ours(layer):
+    packed = packed_layer(layer, None)
+    inputs = (torch.randn(2, 3), torch.randn(2, 4)) if isinstance(layer, nn.Bilinear) else (torch.randn(2, 13),)
+    program = torch.export.export(packed, inputs, strict=True)
+    assert "pibinn" not in str(program.graph)
+    torch.testing.assert_close(program.module()(*inputs), packed(*inputs))
 
 
 def test_a_weight_that_a_graph_unpacks_has_the_gradients_of_the_float_layer():

@@ -135,6 +135,7 @@ def test_compiled_code_reads_that_weight_too(structure, compact, small, monkeypa
         lambda: None,
         lambda: bits[:1].bitwise_xor_(1),
         lambda: scale.set(0.3),
+        lambda: scale.value.neg_(),
         lambda: packed.weight.data.fill_(2),
         lambda: keep_unpacked(packed, False),
         lambda: keep_unpacked(packed, True),
