@@ -327,7 +327,7 @@ FAULTS = [
         "unpack_signs.py",
         "self._is_small and not compiler._is_exporting_flag",
         "self._is_small",
-        "export can_run",
+        "break_even",
     ),
     Fault(
         "kernel/operators.py",
@@ -341,7 +341,7 @@ FAULTS = [
         "if how != known_how:",
         "kept",
     ),
-    Fault("kernel/operators.py", "scale = positive(scale).to(dtype)", "scale = scale.to(dtype)", "kept packed_layers"),
+    Fault("kernel/operators.py", "scale = positive(scale).to(dtype)", "scale = scale.to(dtype)", "packed_layers"),
     Fault(
         "kernel/operators.py", "(values.numel(),), (1,))[:count]", "(values.numel(),), (1,))[-count:]", "packed_layers"
     ),
