@@ -26,7 +26,7 @@ _MANY = 512
 _LARGE_IN_GRAPHS = {Dense: 2**12, Banded: 2**13, BlockDiagonal: 2**15}
 # Of a weight with zeros, which are not placed in a graph in less time, those up to which it multiplies bits even where
 # that never pays.
-_SMALL_IN_GRAPHS = 2**13
+_SMALL_WITH_ZEROS = 2**13
 # Weights of a layer, and of one of its equal blocks, up to which compiled solvers read them, once for many products.
 _SMALL_IN_SOLVERS, _SMALL_BLOCK_IN_SOLVERS = 2**14, 2**11
 
@@ -72,7 +72,7 @@ def _in_graphs(structure: Structure, shape: Shape, compact: bool, pays: bool) ->
     nonzeros = structure.nnz(shape)
     if compact or isinstance(structure, Dense):
         return pays and nonzeros >= _LARGE_IN_GRAPHS.get(type(structure), 0)
-    return pays or nonzeros <= _SMALL_IN_GRAPHS
+    return pays or nonzeros <= _SMALL_WITH_ZEROS
 
 
 def _in_solvers(structure: Structure, shape: Shape) -> bool:

@@ -308,7 +308,7 @@ FAULTS = [
     Fault("break_even.py", "if nonzeros < _TINY * len(", "if nonzeros < len(", "break_even"),
     Fault("break_even.py", " * math.ceil(columns / 32)", "", "break_even"),
     Fault("break_even.py", "return _MANY // blocks if", "return _MANY if", "break_even"),
-    Fault("break_even.py", "pays or nonzeros <= _SMALL_IN_GRAPHS", "pays", "break_even"),
+    Fault("break_even.py", "pays or nonzeros <= _SMALL_WITH_ZEROS", "pays", "break_even"),
     Fault("break_even.py", "pays and nonzeros >= _LARGE_IN_GRAPHS", "nonzeros >= _LARGE_IN_GRAPHS", "break_even"),
     Fault("break_even.py", "_LARGE_IN_GRAPHS.get(type(structure), 0)", "0", "break_even"),
     Fault(
